@@ -264,7 +264,7 @@ def _to_number(value: Any, least: float = -math.inf, most: float = sys.float_inf
 
 def _to_int(value: Any, least: float = -math.inf) -> int:
     _require(_to_number(value, least).is_integer())
-    return int(value) if isinstance(value, int) else int(float(value))
+    return int(float(value)) if isinstance(value, float) or "." in str(value) else int(value)
 
 
 def _to_strings(value: Any) -> str | list[str]:
@@ -393,7 +393,9 @@ class VLLMConfig:
         for spec in fields(self):
             value = getattr(self, spec.name)
             value = value if _is_given(value) else os.environ.get(spec.metadata["env"])
-            checked = spec.metadata["check"](spec.name, value) if _is_given(value) else spec.metadata["default"]
+            checked = (
+                spec.metadata["check"](spec.name, value) if _is_given(value) else copy.copy(spec.metadata["default"])
+            )
             object.__setattr__(self, spec.name, checked)
         if self.base_url is None:
             raise ConfigurationError("No base_url found: set it or VLLM_BASE_URL, like http://localhost:8000")
@@ -900,9 +902,10 @@ class _Transport:
         self._session.mount(self._config.base_url.partition("//")[0] + "//", _Adapter(self._config))
         # Proxies, CA bundle and headers are worked out once, not for each call: half the CPU of a small one.
         url = self._config.base_url
-        self._session.trust_env = not LOOPBACK.fullmatch(urlsplit(url).hostname or "")
-        settings = self._session.merge_environment_settings(url, {}, True, self._config.verify, None)
-        self._settings: dict[str, Any] = {**settings, "allow_redirects": False}
+        environment = self._session.merge_environment_settings(url, {}, True, self._config.verify, None)
+        self._settings: dict[str, Any] = {**environment, "allow_redirects": False}
+        if LOOPBACK.fullmatch(urlsplit(url).hostname or ""):
+            self._settings["proxies"] = {}
         headers = {"Accept": "*/*", "Accept-Encoding": "identity", "Content-Type": "application/json"}
         headers["User-Agent"] = f"vllm_provider/{__version__}"
         if self._config.api_key != "EMPTY":
@@ -977,12 +980,12 @@ class _Transport:
                 yield piece
             call.check()
         except (urllib3.exceptions.HTTPError, http.client.HTTPException, OSError, ValueError) as error:
-            call.check()
-            if _is_timeout(error):
-                raise call.timeout_error(where) from error
             cause = _root_cause(error)
             if isinstance(cause, http.client.IncompleteRead) and cause.partial:
                 yield cause.partial  # of a chunk that was cut
+            call.check()
+            if _is_timeout(error):
+                raise call.timeout_error(where) from error
             raise StreamError(f"the reply broke off: {where}: {cause}") from error
         finally:
             call.release()
@@ -1023,8 +1026,10 @@ def _to_network_error(error: Exception, call: _Call, where: str) -> VLLMError:
         return NetworkError(f"no connection to {origin}: unknown host; is base_url spelled right?", retryable=False)
     if isinstance(error, requests.exceptions.ProxyError):
         return NetworkError(f"no connection to {origin}: its proxy failed ({cause}); check HTTPS_PROXY and NO_PROXY")
-    if not isinstance(error, requests.ConnectionError | OSError | urllib3.exceptions.HTTPError):
+    if isinstance(error, ValueError):  # the parent of what requests and urllib3 will not send
         return ConfigurationError(f"requests will not send {where}: {error}")
+    if isinstance(cause, http.client.HTTPException) and not isinstance(cause, ConnectionError):
+        return ProtocolError(f"not an HTTP reply: {where}: {_quoted(str(cause))}; is it vLLM's port, and http there?")
     if call.connected:
         return NetworkError(f"closed before a reply: {where} ({cause}); is vLLM still running, and is it http there?")
     reason = (getattr(cause, "strerror", None) or str(cause)).lower()
@@ -1841,7 +1846,8 @@ class VLLMClient:
 
     def _exchange(self, call: _Call, endpoint: _Endpoint, body: dict[str, Any], reply: _Reply) -> Iterator[Delta]:
         response = self._begin(call, endpoint, body)
-        if "event-stream" not in response.headers.get("Content-Type", ""):  # nor does every gateway stream
+        stream_type = "text/event-stream" if body.get("stream") else "application/json"
+        if "event-stream" not in response.headers.get("Content-Type", stream_type):  # nor does every gateway stream
             yield from reply.add(self._read_json(call, response))
             return
         reply.is_stream = True
@@ -1971,15 +1977,16 @@ class VLLMClient:
             return None
         if fit.limit is None:
             fit = _read_fit(error.server_message, body, self._ask(self._find_limit, call, body)) or fit
-        if fit.is_floor and not fit.is_overflow():
-            counted = self._ask(self._count_input, call, body)
-            fit = fit._replace(input_tokens=counted or fit.limit, is_floor=False)
+        if fit.is_floor:
+            floor = fit.input_tokens if fit.is_overflow() else fit.limit
+            fit = fit._replace(input_tokens=self._ask(self._count_input, call, body) or floor, is_floor=False)
         return fit
 
     def _lowered(self, body: dict[str, Any], fit: _Fit, error: StatusError, level: int) -> dict[str, Any]:
         """Return the body with a max_tokens that fits; raise ContextLengthError, or the error, if there is none."""
         if fit.is_overflow():
-            raise _overflow_error(fit, error.server_message, error.status_code, self.config.base_url) from error
+            where = f"POST {self.config.base_url}"
+            raise _overflow_error(fit, error.server_message, error.status_code, where) from error
         name = _max_tokens_name(body)
         # Without the prompt's length the limit itself: 0.32 takes that, and others then tell the length.
         room = (fit.limit or 0) - (fit.input_tokens or 0)
@@ -2002,9 +2009,12 @@ class VLLMClient:
 
     def _ask(self, question: Callable[..., _Answer], *args: Any) -> _Answer | None:
         """Return the answer to a question on the side; None if there is none, since the call has its own error."""
-        with suppress(StatusError, ProtocolError, NetworkError):
+        try:
             return question(*args)
-        return None
+        except AbortError:
+            raise
+        except VLLMError:
+            return None
 
     def _model(self, call: _Call) -> str:
         """Return the model to name: the configured one, or the server's first; "" if a gateway hides them."""
@@ -2837,11 +2847,15 @@ def _read_arguments(argv: Sequence[str] | None) -> dict[str, Any]:
     )
     parser.add_argument("--version", action="version", version=f"vllm-provider {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
-    complete = commands.add_parser("complete", parents=[asking], help="let the model go on with a text")
+
+    def command(name: str, base: Any, told: str) -> Any:
+        return commands.add_parser(name, parents=[base], help=told, argument_default=argparse.SUPPRESS)
+
+    complete = command("complete", asking, "let the model go on with a text")
     complete.add_argument("--chat-template", action="store_true", help="render the prompt as a user's message first")
-    commands.add_parser("chat", parents=[asking], help="let the model answer a message")
-    commands.add_parser("models", parents=[shared], help="list the models served")
-    health = commands.add_parser("health", parents=[shared], help="exit with 0 if the server is well")
+    command("chat", asking, "let the model answer a message")
+    command("models", shared, "list the models served")
+    health = command("health", shared, "exit with 0 if the server is well")
     health.add_argument("--wait", type=float, metavar="SECONDS", help="for a server that is starting")
     return vars(parser.parse_args(argv))
 
