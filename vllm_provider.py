@@ -16,6 +16,7 @@ The sections stand in the order one request travels, and data goes one way:
                                                                           command line
 """
 
+import collections
 import copy
 import errno
 import http.client
@@ -36,9 +37,10 @@ import uuid
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager, suppress
 from contextvars import ContextVar
-from dataclasses import KW_ONLY, dataclass, field, fields, replace
+from dataclasses import KW_ONLY, asdict, dataclass, field, fields, replace
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
+from functools import partial
 from typing import Any, Final, NamedTuple, Self, TypeVar
 from urllib.parse import urlsplit
 
@@ -1766,9 +1768,9 @@ class VLLMClient:
         """Return a Stream of `/v1/chat/completions`; arguments as for chat()."""
         return self._stream(_CHAT, messages, params)
 
-    def models(self) -> list[ModelCard]:
+    def models(self, **limits: Any) -> list[ModelCard]:
         """Return the models of `/v1/models`; the first is the one served to those who name none."""
-        with self._call() as call:
+        with self._call(_take_limits(self.config, limits)[0]) as call:
             return self._models(call)
 
     def version(self) -> str:
@@ -2264,11 +2266,18 @@ class VLLMProvider:
         """Return the kernel's ProviderInfo."""
         from amplifier_core import ConfigField, ProviderInfo
 
-        def config_field(key: str, title: str, kind: Any, prompt: str, **options: Any) -> Any:
-            return ConfigField(id=key, display_name=title, field_type=kind, prompt=prompt, **options)
-
         limits = self._limits(self.default_model)
         known = {"context_window": limits[0], "max_output_tokens": limits[1]} if limits else {}
+        asked = [
+            {"id": "base_url", "display_name": "Server URL", "env_var": "VLLM_BASE_URL"},
+            {"id": "api_key", "display_name": "API key", "field_type": "secret", "env_var": "VLLM_API_KEY"},
+            {
+                "id": "use_completions",
+                "display_name": "Use /v1/completions",
+                "field_type": "boolean",
+                "default": "true",
+            },
+        ]
         return ProviderInfo(
             id="vllm",
             display_name="vLLM",
@@ -2276,13 +2285,8 @@ class VLLMProvider:
             capabilities=["streaming", "tools", "reasoning", "json_mode", "logprobs"],
             defaults={"model": self.default_model, "timeout": self.config.timeout, **known},
             config_fields=[
-                config_field("base_url", "Server URL", "text", "URL of the vLLM server", env_var="VLLM_BASE_URL"),
-                config_field(
-                    "api_key", "API key", "secret", "API key, if it has one", env_var="VLLM_API_KEY", required=False
-                ),
-                config_field(
-                    "use_completions", "Completions", "boolean", "Use /v1/completions?", default="true", required=False
-                ),
+                ConfigField(prompt=f"{told['display_name']} of vLLM", required=told["id"] == "base_url", **told)
+                for told in asked
             ],
         )
 
@@ -2317,13 +2321,9 @@ class VLLMProvider:
     def _to_model_info(self, model: str, limits: tuple[int, int]) -> Any:
         from amplifier_core import ModelInfo
 
-        return ModelInfo(
-            id=model,
-            display_name=model,
-            context_window=limits[0],
-            max_output_tokens=limits[1],
-            capabilities=["tools", "thinking", "streaming", "json_mode"],
-        )
+        able = ["tools", "thinking", "streaming", "json_mode"]
+        window, most = limits
+        return ModelInfo(id=model, display_name=model, context_window=window, max_output_tokens=most, capabilities=able)
 
     def _limits(self, model: str | None) -> tuple[int, int] | None:
         """Return the context window and the largest output to plan with, in tokens, never above the server's."""
@@ -2342,9 +2342,9 @@ class VLLMProvider:
         import asyncio
 
         try:
-            self._remember(await asyncio.wait_for(asyncio.to_thread(self.client.models), DISCOVERY_S))
-        except (VLLMError, TimeoutError) as error:
-            logger.warning("the limits of the models are unknown: %s", error or "the server does not answer")
+            self._remember(await asyncio.to_thread(self.client.models, deadline=DISCOVERY_S))
+        except VLLMError as error:
+            logger.warning("the limits of the models are unknown: %s", error)
 
     # One call.
 
@@ -2381,11 +2381,11 @@ class VLLMProvider:
             wants_events = self.config.use_streaming and (request.metadata or {}).get("stream") is not False
             stream = await self._try(messages, params, base, retries, wants_events)
             reply = stream.completion
+            for calls in _OPTIONS.get()[1]:
+                calls.append(reply)
             response = _to_response(reply, stream._reply.degradation, params)
             result |= {"status": "ok", "finish_reason": response.finish_reason, **_to_usage_payload(reply.usage)}
             await self._emit_debug("response", base, _to_json(reply) if self._is_debugged else None, result)
-            for calls in _OPTIONS.get()[1]:
-                calls.append(reply)
             return response
         except BaseException as error:
             result |= {"error": str(error) or "cancelled", "error_type": type(error).__name__}
@@ -2512,7 +2512,10 @@ async def _follow(stream: Stream, blocks: "_Blocks | None") -> None:
     import asyncio
 
     relay = _Relay()
-    reading = asyncio.ensure_future(asyncio.to_thread(relay.read, stream))
+    read: Callable[[Stream], Any] = (
+        relay.read if blocks else partial(collections.deque, maxlen=0)
+    )  # which runs through it
+    reading = asyncio.ensure_future(asyncio.to_thread(read, stream))
     try:
         while blocks is not None and (batch := await relay.take()):
             await blocks.show(batch)
@@ -2617,13 +2620,12 @@ def _to_params(request: Any, options: Mapping[str, Any]) -> dict[str, Any]:
     """Return vLLM's parameters in a ChatRequest, over those of request_options() and under the keywords."""
     names = ("temperature", "top_p", "stop", "tool_choice", "reasoning_effort", "timeout", "model", "tools")
     told = {name: getattr(request, name, None) for name in (*names, "response_format", "max_output_tokens")}
-    params = dict(_OPTIONS.get()[0])
-    for layer in (request.model_extra or {}, told, options):
-        params |= {name: value for name, value in layer.items() if value is not None}
+    params: dict[str, Any] = {}
+    for layer in (_OPTIONS.get()[0], request.model_extra or {}, told, options):
+        given = {name: value for name, value in layer.items() if value is not None}
+        params |= {"max_tokens" if name == "max_output_tokens" else name: value for name, value in given.items()}
     for name in ("metadata", "stream", "conversation_id"):
         params.pop(name, None)
-    if "max_output_tokens" in params:
-        params["max_tokens"] = params.pop("max_output_tokens")
     params["tools"] = [_to_wire_tool(tool) for tool in params.get("tools") or ()] or None
     if params["tools"] is None:
         params.pop("tool_choice", None)  # a 400 without tools
@@ -2659,21 +2661,19 @@ def _to_wire_messages(messages: Sequence[Any]) -> list[dict[str, Any]]:
     names: dict[str, str] = {}  # of the function, by the id of its call: vLLM up to 0.12 wants it with the result
     for message in messages:
         blocks = message.content if isinstance(message.content, list) else []
-        role = {"developer": "system", "function": "tool"}.get(message.role, message.role)  # templates know these
+        content: Any = _to_wire_content(blocks) if blocks else message.content or ""
         calls = _to_wire_calls(message, blocks)
         names |= {call["id"]: call["function"]["name"] for call in calls}
-        results = [block for block in blocks if block.type == "tool_result"]
-        wire += [_to_wire_result(result.tool_call_id, result.output, names) for result in results]
-        content: Any = message.content if isinstance(message.content, str) else _to_wire_content(blocks)
-        if role == "tool":
-            if not results:
-                wire.append(_to_wire_result(message.tool_call_id or "", content, names, message.name))
-            continue
-        if results and not content and not calls:
-            continue
-        reasoning = "\n".join(filter(None, map(_reasoning_of, blocks)))
-        extras = {"reasoning": reasoning, "tool_calls": calls, "name": message.name}
-        wire.append({"role": role, "content": content, **{name: value for name, value in extras.items() if value}})
+        results = [(block.tool_call_id, block.output) for block in blocks if block.type == "tool_result"]
+        role = {"developer": "system", "function": "tool"}.get(message.role, message.role)  # templates know these
+        if role == "tool" and not results:
+            results = [(message.tool_call_id or "", content)]
+            names.setdefault(message.tool_call_id or "", message.name or "")
+        wire += [_to_wire_result(call_id, output, names.get(call_id)) for call_id, output in results]
+        if not results or (role != "tool" and (content or calls)):
+            reasoning = "\n".join(filter(None, map(_reasoning_of, blocks)))
+            extras = {"reasoning": reasoning, "tool_calls": calls, "name": message.name}
+            wire.append({"role": role, "content": content, **{name: value for name, value in extras.items() if value}})
     return wire
 
 
@@ -2699,25 +2699,24 @@ def _reasoning_of(block: Any) -> str:
 
 def _to_wire_calls(message: Any, blocks: Sequence[Any]) -> list[dict[str, Any]]:
     """Return an assistant's tool calls, which come as blocks, as the extra field `tool_calls`, or as both."""
-    calls = {
-        block.id: _to_wire_call(block.id, block.name, json.dumps(block.input))
-        for block in blocks
-        if block.type == "tool_call"
-    }
+    told = [(block.id, block.name, block.input) for block in blocks if block.type == "tool_call"]
     for entry in (message.model_extra or {}).get("tool_calls") or ():
-        told = entry if isinstance(entry, Mapping) else entry.model_dump()
-        function = told.get("function") or {}
-        name = told.get("tool") or told.get("name") or function.get("name") or ""
-        arguments = next((told[key] for key in ("arguments", "input") if key in told), function.get("arguments") or {})
-        text = arguments if isinstance(arguments, str) else json.dumps(arguments)
-        calls.setdefault(told.get("id") or "", _to_wire_call(told.get("id") or "", name, text))
-    return list(calls.values())
+        call = entry if isinstance(entry, Mapping) else entry.model_dump()
+        function = call.get("function") or {}
+        name = call.get("tool") or call.get("name") or function.get("name") or ""
+        arguments = next((call[key] for key in ("arguments", "input") if key in call), function.get("arguments"))
+        told.append((call.get("id") or "", name, arguments or {}))
+    calls = {call_id: _to_wire_call(call_id, name, _to_json_text(arguments)) for call_id, name, arguments in told[::-1]}
+    return list(calls.values())[::-1]
 
 
-def _to_wire_result(call_id: str, output: Any, names: Mapping[str, str], name: str | None = None) -> dict[str, Any]:
-    text = output if isinstance(output, str | list) else json.dumps(output, default=str)
-    named = {"name": name or names[call_id]} if name or call_id in names else {}
-    return {"role": "tool", "tool_call_id": call_id, "content": text, **named}
+def _to_json_text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+
+
+def _to_wire_result(call_id: str, output: Any, name: str | None) -> dict[str, Any]:
+    named = {"name": name} if name else {}
+    return {"role": "tool", "tool_call_id": call_id, **named, "content": _to_json_text(output)}
 
 
 def _repair(messages: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[dict[str, str]]]:
@@ -2726,12 +2725,11 @@ def _repair(messages: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], l
     repairs = []
     for position, message in enumerate(messages):
         repaired.append(message)
-        answered = {later.get("tool_call_id") for later in messages[position + 1 :]}
         for call in message.get("tool_calls", ()):
-            if call["id"] not in answered:
+            if not any(later.get("tool_call_id") == call["id"] for later in messages[position + 1 :]):
                 name = call["function"]["name"]
                 repairs.append({"tool_call_id": call["id"], "tool_name": name})
-                repaired.append(_to_wire_result(call["id"], MISSING_RESULT, {}, name))
+                repaired.append(_to_wire_result(call["id"], MISSING_RESULT, name))
     return repaired, repairs
 
 
@@ -2743,35 +2741,24 @@ def _to_response(reply: Completion, degradation: Mapping[str, str] | None, param
     if dropped and params.get("tools"):
         cure = "start vLLM with --enable-auto-tool-choice --tool-call-parser openai"
         raise InvalidRequestError(f"gpt-oss called a tool and the server dropped the call; {cure}")
-    calls = [
-        (call.id or f"call_{position}", call.name, call.parsed()) for position, call in enumerate(reply.tool_calls)
-    ]
-    content: list[Any] = []
-    shown: list[Any] = []
+    calls = [(call.id or f"call_{place}", call.name, call.parsed()) for place, call in enumerate(reply.tool_calls)]
+    blocks: list[tuple[Any, Any]] = []  # as kept in the history, and as shown
     if reply.reasoning:
-        content.append(message_models.ThinkingBlock(thinking=reply.reasoning))
-        shown.append(content_models.ThinkingContent(text=reply.reasoning))
-    if reply.text or not (calls or content):
-        content.append(message_models.TextBlock(text=reply.text))
-        shown.append(content_models.TextContent(text=reply.text))
+        shown = content_models.ThinkingContent(text=reply.reasoning)
+        blocks.append((message_models.ThinkingBlock(thinking=reply.reasoning), shown))
+    if reply.text or not calls:
+        blocks.append((message_models.TextBlock(text=reply.text), content_models.TextContent(text=reply.text)))
     for call_id, name, arguments in calls:
-        content.append(message_models.ToolCallBlock(id=call_id, name=name, input=arguments))
-        shown.append(content_models.ToolCallContent(id=call_id, name=name, arguments=arguments))
-    usage = reply.usage or Usage(0, 0, 0)
+        block = message_models.ToolCallBlock(id=call_id, name=name, input=arguments)
+        blocks.append((block, content_models.ToolCallContent(id=call_id, name=name, arguments=arguments)))
+    usage = asdict(reply.usage or Usage(0, 0, 0))
     return message_models.ChatResponse(
-        content=content,
-        tool_calls=[message_models.ToolCall(id=i, name=name, arguments=arguments) for i, name, arguments in calls]
-        or None,
-        usage=message_models.Usage(
-            input_tokens=usage.input_tokens,
-            output_tokens=usage.output_tokens,
-            total_tokens=usage.total_tokens,
-            reasoning_tokens=usage.reasoning_tokens,
-            cache_read_tokens=usage.cached_tokens,
-        ),
+        content=[block for block, _ in blocks],
+        tool_calls=[message_models.ToolCall(id=call[0], name=call[1], arguments=call[2]) for call in calls] or None,
+        usage=message_models.Usage(cache_read_tokens=usage.pop("cached_tokens"), **usage),
         degradation=message_models.Degradation(**degradation) if degradation else None,
         finish_reason="tool_calls" if calls else reply.finish_reason or "stop",
-        content_blocks=shown,
+        content_blocks=[shown for _, shown in blocks],
         text=reply.text,
     )
 
