@@ -1212,13 +1212,11 @@ class _ChoiceSoFar:
 class _Reply:
     """A reply while it grows: a plain call adds one payload, a stream one for each event.
 
-    `body` is the request it answers, `where` its method and URL.
+    `body` is the request it answers, `where` the method and URL that went to.
     """
 
-    def __init__(
-        self, body: Mapping[str, Any] | None = None, where: str = "in the reply", request_id: str = ""
-    ) -> None:
-        self.body, self.where, self.request_id = body or {}, where, request_id
+    def __init__(self, body: Mapping[str, Any] | None = None, request_id: str = "") -> None:
+        self.body, self.where, self.request_id = body or {}, "in the reply", request_id
         asked = self.body.get("top_logprobs") if "messages" in self.body else self.body.get("logprobs")
         self.top = asked if isinstance(asked, int) and asked >= 0 else None  # of each token, the alternatives wanted
         self.choices: dict[int, _ChoiceSoFar] = {}
@@ -1716,17 +1714,6 @@ def _parse_retry_after(value: str | None) -> float | None:
 _Answer = TypeVar("_Answer")
 
 
-class _Endpoint(NamedTuple):
-    """What the two endpoints do not share; their replies are told apart by their shape."""
-
-    path: str
-    build: Callable[..., dict[str, Any]]
-
-
-_COMPLETIONS: Final = _Endpoint(COMPLETIONS_PATH, build_completion_request)
-_CHAT: Final = _Endpoint(CHAT_PATH, build_chat_request)
-
-
 class VLLMClient:
     """A blocking client of one vLLM server, for any number of threads; a context manager.
 
@@ -1754,19 +1741,19 @@ class VLLMClient:
 
         `prompt`: a string, a list of strings, a list of token ids, or a list of such lists.
         """
-        return self._complete(_COMPLETIONS, prompt, params)
+        return self._whole(build_completion_request, prompt, params)
 
     def chat(self, messages: Any, **params: Any) -> Completion:
         """Return the answer of `/v1/chat/completions`. `messages`: a list of dicts, or one string from the user."""
-        return self._complete(_CHAT, messages, params)
+        return self._whole(build_chat_request, messages, params)
 
     def stream_complete(self, prompt: Any, **params: Any) -> "Stream":
         """Return a Stream of `/v1/completions`; arguments as for complete()."""
-        return self._stream(_COMPLETIONS, prompt, params)
+        return self._stream(build_completion_request, prompt, params)
 
     def stream_chat(self, messages: Any, **params: Any) -> "Stream":
         """Return a Stream of `/v1/chat/completions`; arguments as for chat()."""
-        return self._stream(_CHAT, messages, params)
+        return self._stream(build_chat_request, messages, params)
 
     def models(self, **limits: Any) -> list[ModelCard]:
         """Return the models of `/v1/models`; the first is the one served to those who name none."""
@@ -1820,34 +1807,45 @@ class VLLMClient:
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.config,)
 
-    # A call's way: _stream -> _exchange -> _begin (model, max_tokens) -> _request (retries) -> _attempt (status).
+    # The way of a call: _stream -> _plan (prompt) -> _exchange -> _begin (model, max_tokens) -> _request -> _attempt.
 
     def _call(self, limits: _Limits | None = None) -> AbstractContextManager[_Call]:
         return self._transport.call(_Call(limits or _take_limits(self.config, {})[0]))
 
-    def _complete(self, endpoint: _Endpoint, source: Any, params: Mapping[str, Any]) -> Completion:
-        stream = self._stream(endpoint, source, params, wants_stream=False)
-        for _delta in stream:
-            pass
+    def _whole(self, build: Callable[..., dict[str, Any]], source: Any, params: Mapping[str, Any]) -> Completion:
+        with closing(self._stream(build, source, params, wants_stream=False)) as stream:
+            collections.deque(stream, maxlen=0)
         return stream.completion
 
     def _stream(
-        self, endpoint: _Endpoint, source: Any, params: Mapping[str, Any], wants_stream: bool = True
+        self,
+        build: Callable[..., dict[str, Any]],
+        source: Any,
+        params: Mapping[str, Any],
+        wants_stream: bool = True,
+        prompt_format: str | None = None,
     ) -> "Stream":
-        """Return the call as a Stream, whether or not the reply comes as one on the wire."""
+        """Return the call as a Stream, whether or not its reply is one on the wire.
+
+        `prompt_format`: how a conversation becomes a prompt, as in VLLMConfig; None leaves it to the chat endpoint.
+        """
         limits, rest = _take_limits(self.config, params)
-        body = endpoint.build(self.config, source, **rest)
+        body = build(self.config, source, **rest)
         call = _Call(limits, body.get("request_id"))
-        reply = _Reply(body, f"POST {self.config.base_url}{endpoint.path}", call.request_id)
-        body = _to_stream(body) if wants_stream else body
-        return Stream(call, reply, self._deltas(call, endpoint, body, reply))
+        reply = _Reply(body, request_id=call.request_id)
 
-    def _deltas(self, call: _Call, endpoint: _Endpoint, body: dict[str, Any], reply: _Reply) -> Iterator[Delta]:
-        with self._transport.call(call):
-            yield from self._exchange(call, endpoint, body, reply)
+        def deltas() -> Iterator[Delta]:
+            with self._transport.call(call):
+                planned = body if prompt_format is None else self._plan(call, body, prompt_format, reply)
+                yield from self._exchange(call, _to_stream(planned) if wants_stream else planned, reply)
 
-    def _exchange(self, call: _Call, endpoint: _Endpoint, body: dict[str, Any], reply: _Reply) -> Iterator[Delta]:
-        response = self._begin(call, endpoint, body)
+        return Stream(call, reply, deltas())
+
+    def _exchange(self, call: _Call, body: dict[str, Any], reply: _Reply) -> Iterator[Delta]:
+        """Yield what the reply to `body` adds to `reply`, event by event."""
+        path = CHAT_PATH if "messages" in body else COMPLETIONS_PATH
+        reply.body, reply.where = body, f"POST {self.config.base_url}{path}"
+        response = self._begin(call, path, body)
         stream_type = "text/event-stream" if body.get("stream") else "application/json"
         if "event-stream" not in response.headers.get("Content-Type", stream_type):  # nor does every gateway stream
             yield from reply.add(self._read_json(call, response))
@@ -1869,29 +1867,9 @@ class VLLMClient:
 
     # Conversations on /v1/completions, rendered by the model's own chat template.
 
-    def _converse(
-        self, messages: Any, params: Mapping[str, Any], prompt_format: str, wants_stream: bool = True
-    ) -> "Stream":
-        """Return a conversation's answer; `prompt_format` as in VLLMConfig, or "chat" for the chat endpoint."""
-        limits, rest = _take_limits(self.config, params)
-        body = build_chat_request(self.config, messages, **rest)
-        call = _Call(limits, body.get("request_id"))
-        reply = _Reply(body, f"POST {self.config.base_url}{CHAT_PATH}", call.request_id)
-
-        def deltas() -> Iterator[Delta]:
-            with self._transport.call(call):
-                planned = self._plan(call, body, prompt_format, reply)
-                endpoint = _CHAT if "messages" in planned else _COMPLETIONS
-                reply.body, reply.where = planned, f"POST {self.config.base_url}{endpoint.path}"
-                yield from self._exchange(call, endpoint, _to_stream(planned) if wants_stream else planned, reply)
-
-        return Stream(call, reply, deltas())
-
     def _plan(self, call: _Call, body: dict[str, Any], prompt_format: str, reply: _Reply) -> dict[str, Any]:
-        """Return the body to send for a chat body: rendered for completions, or itself, with the reason in `reply`."""
+        """Return a chat body rendered for completions, or itself, with the reason in `reply.degradation`."""
         messages = body["messages"]
-        if prompt_format == "chat":
-            return body
         if prompt_format == "raw":
             return _to_completion_body(body, "\n".join(_texts(messages)))
         reason = self._hidden or _chat_only(body)
@@ -1954,14 +1932,14 @@ class VLLMClient:
             for _ in pieces:
                 pass
 
-    def _begin(self, call: _Call, endpoint: _Endpoint, body: dict[str, Any]) -> requests.Response:
+    def _begin(self, call: _Call, path: str, body: dict[str, Any]) -> requests.Response:
         """Return the open reply to a generation. Names the model, and lowers a max_tokens that does not fit."""
         if "model" not in body and (model := self._model(call)):
             body = {"model": model, **body}
         level = logging.WARNING
         for lowerings_left in reversed(range(MAX_LOWERINGS + 1)):
             try:
-                return self._request(call, "POST", endpoint.path, body)
+                return self._request(call, "POST", path, body)
             except NotFoundError as error:
                 body = self._renamed(call, body, error)
             except StatusError as error:
@@ -1970,7 +1948,7 @@ class VLLMClient:
                     raise
                 body = self._lowered(body, fit, error, level)
                 level = logging.DEBUG
-        return self._request(call, "POST", endpoint.path, body)
+        return self._request(call, "POST", path, body)
 
     def _find_fit(self, call: _Call, body: Mapping[str, Any], error: StatusError) -> _Fit | None:
         """Return what the error says about lengths; what it leaves out, the server is asked for."""
@@ -2033,11 +2011,10 @@ class VLLMClient:
     def _models(self, call: _Call) -> list[ModelCard]:
         payload = self._fetch(call, "GET", "/v1/models")
         try:
-            limits = {card["id"]: card.get("max_model_len") for card in payload["data"]}
-            return [
-                ModelCard(card["id"], length or limits.get(card.get("parent")), card.get("root"), card.get("parent"))
-                for card, length in zip(payload["data"], limits.values(), strict=True)
-            ]
+            cards = payload["data"]
+            lengths = {card["id"]: card.get("max_model_len") for card in cards}
+            lengths |= {card["id"]: lengths[card["id"]] or lengths.get(card.get("parent")) for card in cards}
+            return [ModelCard(card["id"], lengths[card["id"]], card.get("root"), card.get("parent")) for card in cards]
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             where = f"GET {self.config.base_url}/v1/models"
             raise ProtocolError(f"not the list of models vLLM sends: {where}; {BASE_URL_ADVICE}") from error
@@ -2467,9 +2444,9 @@ class VLLMProvider:
 
     def _start(self, messages: Any, params: Mapping[str, Any], request_id: str, attempt: int) -> Stream:
         """Return the Stream of one attempt; nothing is sent before it is read."""
-        prompt_format = self.config.prompt_format if self.config.use_completions else "chat"
-        must_be_whole = any(params.get(name) for name in ("prompt_logprobs", "use_beam_search"))
-        stream = self.client._converse(messages, params, prompt_format, wants_stream=not must_be_whole)
+        prompt_format = self.config.prompt_format if self.config.use_completions else None
+        may_stream = not any(params.get(name) for name in ("prompt_logprobs", "use_beam_search"))
+        stream = self.client._stream(build_chat_request, messages, params, may_stream, prompt_format)
         if not stream._call.keeps_id:
             stream._call.request_id = stream._reply.request_id = request_id
         stream._call.attempt = attempt
@@ -2862,14 +2839,12 @@ def _run_prompt(client: VLLMClient, options: Mapping[str, Any]) -> None:
     messages = [{"role": "system", "content": options["system"]}] if "system" in options else []
     messages.append({"role": "user", "content": prompt})
     params = dict(_read_param(param) for param in options.get("param", ()))
-    endpoint, source = (_CHAT, messages) if options["command"] == "chat" else (_COMPLETIONS, prompt)
-    if "system" in options and endpoint is _COMPLETIONS and "chat_template" not in options:
+    has_messages = options["command"] == "chat" or "chat_template" in options
+    if "system" in options and not has_messages:
         raise ConfigurationError("--system goes with chat, or with complete --chat-template")
-    wants_stream = "no_stream" not in options
-    if "chat_template" in options:
-        stream = client._converse(messages, params, "chat_template", wants_stream)
-    else:
-        stream = client._stream(endpoint, source, params, wants_stream)
+    build, source = (build_chat_request, messages) if has_messages else (build_completion_request, prompt)
+    prompt_format = "chat_template" if "chat_template" in options else None
+    stream = client._stream(build, source, params, "no_stream" not in options, prompt_format)
     printer = _Printer("logprobs" in options)
     with stream:
         for delta in stream:
