@@ -37,7 +37,7 @@ import uuid
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager, suppress
 from contextvars import ContextVar
-from dataclasses import KW_ONLY, asdict, dataclass, field, fields, replace
+from dataclasses import KW_ONLY, dataclass, field, fields, replace
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from functools import partial
@@ -91,8 +91,8 @@ CHAT_ONLY_PARAMETERS: Final = frozenset(
     " add_generation_prompt continue_final_message max_tokens max_completion_tokens include_reasoning"
     " top_logprobs".split()
 )
-LOOPBACK: Final = re.compile(r"localhost|127(\.\d+){3}|::1")
-HEADER_NAME: Final = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")  # RFC 9110, token
+LOOPBACK: Final = r"localhost|127(\.\d+){3}|::1"
+HEADER_NAME: Final = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"  # RFC 9110, token
 BASE_URL_ADVICE: Final = "is base_url the server's root, and is it vLLM? (curl BASE_URL/v1/models)"
 VLLM_PARAMETERS: Final = frozenset(  # only to tell a misplaced parameter from a misspelled setting
     "add_generation_prompt add_special_tokens allowed_token_ids bad_words cache_salt chat_template chat_template_kwargs"
@@ -313,7 +313,7 @@ def _headers(key: str, value: object) -> dict[str, str]:
     if not isinstance(value, Mapping):
         raise ConfigurationError(f"{key} must be a mapping of header names to values")  # unquoted: it may be a secret
     for name in value:
-        if not (isinstance(name, str) and HEADER_NAME.fullmatch(name)):
+        if not (isinstance(name, str) and re.fullmatch(HEADER_NAME, name)):
             raise ConfigurationError(f"{key} must have HTTP header names as keys, got {name!r}")
     return {name: _secret(f"{key}[{name!r}]", str(text)).strip() for name, text in value.items()}
 
@@ -439,10 +439,11 @@ def _suggestion(key: str, known: Sequence[str]) -> str:
 
 
 # ---- Values: replies --------------------------------------------------------
+#
+# What comes once for each token is a named tuple: a frozen dataclass takes four times as long to make.
 
 
-@dataclass(frozen=True, slots=True)
-class TokenLogprob:
+class TokenLogprob(NamedTuple):
     """A token and its natural log probability, in one shape for both endpoints.
 
     `logprob`: None where the server has none (the first token of an echoed prompt), -inf for its -9999.0. `bytes`,
@@ -462,8 +463,7 @@ class TokenLogprob:
         return None if self.logprob is None else math.exp(self.logprob)
 
 
-@dataclass(frozen=True, slots=True)
-class ToolCall:
+class ToolCall(NamedTuple):
     """A function the model calls; in a Delta, `arguments` is the piece of text its event added."""
 
     id: str
@@ -489,8 +489,7 @@ class ToolCall:
         raise error from cause
 
 
-@dataclass(frozen=True, slots=True)
-class Usage:
+class Usage(NamedTuple):
     """Tokens, as the server counted them; None where it did not say."""
 
     input_tokens: int
@@ -500,7 +499,7 @@ class Usage:
     reasoning_tokens: int | None = None
 
 
-class Delta(NamedTuple):  # one for each token: a frozen dataclass takes four times as long to make
+class Delta(NamedTuple):
     """What one event of a stream added to the choice `index`; fields as in Choice."""
 
     index: int = 0  # type: ignore[assignment]  # in the place of tuple.index()
@@ -593,8 +592,7 @@ def _to_wire_call(call_id: str, name: str, arguments: str) -> dict[str, Any]:
     return {"id": call_id, "type": "function", "function": {"name": name, "arguments": arguments}}
 
 
-@dataclass(frozen=True, slots=True)
-class ModelCard:
+class ModelCard(NamedTuple):
     """A model of /v1/models. `max_model_len`: tokens, a LoRA's being its base's; None where the server is silent."""
 
     id: str
@@ -906,7 +904,7 @@ class _Transport:
         url = self._config.base_url
         environment = self._session.merge_environment_settings(url, {}, True, self._config.verify, None)
         self._settings: dict[str, Any] = {**environment, "allow_redirects": False}
-        if LOOPBACK.fullmatch(urlsplit(url).hostname or ""):
+        if re.fullmatch(LOOPBACK, urlsplit(url).hostname or ""):
             self._settings["proxies"] = {}
         headers = {"Accept": "*/*", "Accept-Encoding": "identity", "Content-Type": "application/json"}
         headers["User-Agent"] = f"vllm_provider/{__version__}"
@@ -1370,7 +1368,7 @@ def _parse_prompt(told: Mapping[str, Any]) -> dict[str, Any]:
         known = [_parse_prompt_entry(int(key), value) for key, value in (entry or {}).items()]
         own = next((token for token in known if ids and token.token_id == ids[position]), known[0] if known else None)
         ranked = sorted(known, key=lambda token: token.rank or math.inf)
-        tokens.append(None if own is None else replace(own, top=tuple(ranked)))
+        tokens.append(None if own is None else own._replace(top=tuple(ranked)))
     return {"prompt_logprobs": tuple(tokens), "prompt_token_ids": ids}
 
 
@@ -1546,20 +1544,20 @@ def _to_completion_body(body: Mapping[str, Any], prompt: Any, room: int | None =
 # ---- Replies: errors (pure) -------------------------------------------------
 
 # These match every text of vLLM 0.10-0.32 about a prompt or a max_tokens that does not fit, and no other.
-_OUTPUT_TOO_LARGE: Final = re.compile(
+_OUTPUT_TOO_LARGE: Final = (
     r"max_(?:completion_)?tokens=\d+ ?cannot be greater|'max_tokens' \(\d+\) cannot be greater|is too large: \d"
 )
-_OVERFLOW: Final = re.compile(
+_OVERFLOW: Final = (
     r"maximum context length|maximum model length|context length is only \d|max_tokens must be at least 1, got -?\d"
 )
-_LIMIT: Final = re.compile(
+_LIMIT: Final = (
     r"(?:context length(?: is(?: only)?)? \(?|maximum model length of |max_model_len=(?:max_total_tokens=)?)(-?\d+)"
 )
-_INPUT: Final = re.compile(
+_INPUT: Final = (
     r"Input length \((\d+)\)|prompt \(length (\d+)\)|(?:request has|prompt contains|You passed)(?: at least)? (\d+)"
     r" input tokens|requested \d+ tokens \((\d+) in the messages|requested (\d+) tokens in the messages"
 )
-_ROOM: Final = re.compile(r"max_tokens must be at least 1, got (-?\d+)")
+_ROOM: Final = r"max_tokens must be at least 1, got (-?\d+)"
 _NAN: Final = "Out of range float values are not JSON compliant"
 _ADVICE: Final = (
     ("tool-call-parser", "start vLLM with --enable-auto-tool-choice --tool-call-parser NAME, or send no tools"),
@@ -1605,11 +1603,11 @@ def _read_fit(message: str, body: Mapping[str, Any], model_limit: int | None = N
     ...           {"prompt": "x", "max_tokens": 4000})
     _Fit(limit=2048, input_tokens=5, is_floor=False, is_output=False)
     """
-    is_output = bool(_OUTPUT_TOO_LARGE.search(message))
-    if not is_output and not _OVERFLOW.search(message):
+    is_output = bool(re.search(_OUTPUT_TOO_LARGE, message))
+    if not is_output and not re.search(_OVERFLOW, message):
         return None
     asked = body.get(_max_tokens_name(body))
-    said, found, room = _LIMIT.search(message), _INPUT.search(message), _ROOM.search(message)
+    said, found, room = (re.search(pattern, message) for pattern in (_LIMIT, _INPUT, _ROOM))
     limit = int(said.group(1)) if said else model_limit
     tokens = int(next(filter(None, found.groups()))) if found else None
     if room:  # an overflow in disguise, unless a max_tokens of 0 or less is what was sent
@@ -2728,7 +2726,7 @@ def _to_response(reply: Completion, degradation: Mapping[str, str] | None, param
     for call_id, name, arguments in calls:
         block = message_models.ToolCallBlock(id=call_id, name=name, input=arguments)
         blocks.append((block, content_models.ToolCallContent(id=call_id, name=name, arguments=arguments)))
-    usage = asdict(reply.usage or Usage(0, 0, 0))
+    usage = (reply.usage or Usage(0, 0, 0))._asdict()
     return message_models.ChatResponse(
         content=[block for block, _ in blocks],
         tool_calls=[message_models.ToolCall(id=call[0], name=call[1], arguments=call[2]) for call in calls] or None,
@@ -2868,8 +2866,9 @@ def _read_param(param: str) -> tuple[str, Any]:
 
 def _to_json(value: Any) -> Any:
     """Return values of this module as what JSON can hold: -inf as vLLM's -9999.0, bytes as a list."""
-    if hasattr(value, "__dataclass_fields__"):
-        return {spec.name: _to_json(getattr(value, spec.name)) for spec in fields(value)}
+    names = getattr(value, "_fields", getattr(value, "__dataclass_fields__", None))
+    if names is not None:
+        return {name: _to_json(getattr(value, name)) for name in names}
     if isinstance(value, Mapping):
         return {name: _to_json(item) for name, item in value.items()}
     if isinstance(value, list | tuple | bytes):
