@@ -2146,11 +2146,11 @@ CANCEL_POLL_S: Final = 0.1  # the kernel's session does not cancel the task that
 DISCOVERY_S: Final = 5.0
 SPARE_THREADS: Final = 512  # for the host, DNS and further providers; a thread starts only when none is idle
 MISSING_RESULT: Final = "[SYSTEM ERROR: Tool result missing from conversation history] The call may have run or not."
-_STREAM_EVENTS: Final = [f"llm:stream_{name}" for name in ("block_start", "block_delta", "block_end", "aborted")]
-_EVENTS: Final = [
-    *("llm:request", "llm:response", "provider:retry", "provider:tool_sequence_repaired", *_STREAM_EVENTS),
-    *("llm:request:debug", "llm:response:debug", "llm:request:raw", "llm:response:raw"),
-]
+_EVENTS: Final = (
+    "llm:request llm:response provider:retry provider:tool_sequence_repaired llm:stream_block_start"
+    " llm:stream_block_delta llm:stream_block_end llm:stream_aborted llm:request:debug llm:response:debug"
+    " llm:request:raw llm:response:raw".split()
+)
 _Options = tuple[Mapping[str, Any], tuple[list[Completion], ...]]
 _OPTIONS: Final[ContextVar[_Options]] = ContextVar("vllm_provider_options", default=({}, ()))
 
@@ -2233,6 +2233,7 @@ class VLLMProvider:
         self._model_limits: dict[str, int | None] = {}
         self._repaired: set[str] = set()
         self._has_warned = False
+        self._is_debugged = config.debug or config.raw_debug or config.raw
         self._places: tuple[Any, Any] = (None, None)  # a loop and its semaphore
 
     # What Amplifier asks about.
@@ -2313,13 +2314,15 @@ class VLLMProvider:
         if cards and self.client._served_model is None:
             self.client._served_model = cards[0].id
 
-    async def _discover(self) -> None:
+    async def _discover(self) -> str | None:
+        """Ask the server for its models, and return the first; a server that does not answer is one warning."""
         import asyncio
 
         try:
             self._remember(await asyncio.to_thread(self.client.models, deadline=DISCOVERY_S))
         except VLLMError as error:
             logger.warning("the limits of the models are unknown: %s", error)
+        return self.client._served_model
 
     # One call.
 
@@ -2348,8 +2351,8 @@ class VLLMProvider:
         params = _to_params(request, options)
         messages, repairs = _repair(_to_wire_messages(request.messages))
         request_id = str(params.get("request_id") or uuid.uuid4())
-        model = params.get("model") or self.default_model or await self._find_model()
-        base = {"provider": "vllm", "model": model, "request_id": request_id}
+        model = params.get("model") or self.default_model or self.client._served_model or await self._discover()
+        base = {"provider": "vllm", "model": model or "unknown", "request_id": request_id}
         result: dict[str, Any] = {"status": "error", "finish_reason": None, **_to_usage_payload(None)}
         try:
             await self._announce(base, messages, params, repairs)
@@ -2360,7 +2363,8 @@ class VLLMProvider:
                 calls.append(reply)
             response = _to_response(reply, stream._reply.degradation, params)
             result |= {"status": "ok", "finish_reason": response.finish_reason, **_to_usage_payload(reply.usage)}
-            await self._emit_debug("response", base, _to_json(reply) if self._is_debugged else None, result)
+            if self._is_debugged:
+                await self._emit_debug("response", base, reply, result)
             return response
         except BaseException as error:
             result |= {"error": str(error) or "cancelled", "error_type": type(error).__name__}
@@ -2370,11 +2374,6 @@ class VLLMProvider:
         finally:
             elapsed = {"duration_ms": int((time.monotonic() - started) * 1000), "retries": retries[0]}
             await self._emit("llm:response", {**base, **elapsed, **result})
-
-    async def _find_model(self) -> str:
-        if self.client._served_model is None:
-            await self._discover()
-        return self.client._served_model or "unknown"
 
     async def _announce(
         self, base: dict[str, Any], messages: list[dict[str, Any]], params: Mapping[str, Any], repairs: Any
@@ -2386,29 +2385,21 @@ class VLLMProvider:
             told = {"provider": "vllm", "repair_count": len(new), "repairs": new}
             await self._emit("provider:tool_sequence_repaired", told)
         event = {**base, "message_count": len(messages)}
-        body = None
         if self._is_debugged:
             with suppress(ConfigurationError):  # raised again where the call is made
-                body = _to_stream(build_chat_request(self.config, messages, **_take_limits(self.config, params)[1]))
-        await self._emit_debug("request", base, body, event)
+                body = build_chat_request(self.config, messages, **_take_limits(self.config, params)[1])
+                await self._emit_debug("request", base, _to_stream(body), event)
         await self._emit("llm:request", event)
         if not self._model_limits and self._limits(base["model"]) is None:
             await self._discover()
 
-    @property
-    def _is_debugged(self) -> bool:
-        return self.config.debug or self.config.raw_debug or self.config.raw
-
-    async def _emit_debug(self, what: str, base: Mapping[str, Any], raw: Any, event: dict[str, Any]) -> None:
-        """Emit the debug events that are switched on; with `raw`, add it to the event that comes anyway."""
-        if raw is None:
-            return
-        told = {"provider": "vllm", "request_id": base["request_id"]}
+    async def _emit_debug(self, what: str, base: Mapping[str, Any], value: Any, event: dict[str, Any]) -> None:
+        """Emit the debug events that are switched on; with `raw`, add the value to the event that comes anyway."""
+        raw, told = _to_json(value), {"provider": "vllm", "request_id": base["request_id"]}
         if self.config.raw:
             event["raw"] = raw
         if self.config.debug:
-            cut = _truncated(raw, self.config.debug_truncate_length)
-            await self._emit(f"llm:{what}:debug", {**told, what: cut})
+            await self._emit(f"llm:{what}:debug", {**told, what: _truncated(raw, self.config.debug_truncate_length)})
         if self.config.raw_debug:
             await self._emit(f"llm:{what}:raw", {**told, what: raw})
 
