@@ -1145,7 +1145,7 @@ def parse_chat_response(payload: Mapping[str, Any]) -> Completion:
 
 def _parse_response(payload: Mapping[str, Any]) -> Completion:
     reply = _Reply()
-    reply.add(payload)
+    reply.add_whole(payload)
     return reply.completion()
 
 
@@ -1192,7 +1192,7 @@ class _ChoiceSoFar:
         self.prompt: dict[str, Any] = {}
 
     def choice(self, index: int, prompt: Mapping[str, Any]) -> Choice:
-        """Return the choice so far; `prompt` holds what was told of the prompt at the top level."""
+        """Return the choice so far; `prompt` holds what was told of the prompt for all choices."""
         text, reasoning, _ = copy.copy(self.splitter).feed("", ended=True) if self.splitter else ("", "", [])
         return Choice(
             index,
@@ -1203,7 +1203,7 @@ class _ChoiceSoFar:
             tuple(self.token_ids),
             self.finish_reason,
             self.stop_reason,
-            **_parse_prompt(self.prompt or prompt),
+            **(self.prompt or prompt),
         )
 
 
@@ -1220,6 +1220,7 @@ class _Reply:
         self.choices: dict[int, _ChoiceSoFar] = {}
         self.fields: dict[str, Any] = {}
         self.usage: Usage | None = None
+        self.prompt: dict[str, Any] = {}
         self.has_output = self.has_finished = self.is_stream = False
         self.new_splitter: Callable[[], _ThinkSplitter | _HarmonySplitter] | None = None
         self.degradation: dict[str, str] | None = None  # what was asked for, what was done, and why
@@ -1232,6 +1233,8 @@ class _Reply:
         try:
             if payload.get("usage"):
                 self.usage = _parse_usage(payload["usage"])
+            if payload.get("prompt_logprobs") or payload.get("prompt_token_ids"):  # where chat tells them
+                self.prompt = _parse_prompt(payload)
             for choice in payload.get("choices") or ():
                 delta = self._add_choice(choice)
                 if delta is not None:
@@ -1240,6 +1243,13 @@ class _Reply:
             kind = type(error).__name__
             raise ProtocolError(f"not the shape vLLM sends ({kind}: {error}): {self.where}") from error
         self.fields.update(payload)
+        return deltas
+
+    def add_whole(self, payload: Mapping[str, Any]) -> list[Delta]:
+        """Take in the one payload of a plain call, which has choices where it tells no error."""
+        deltas = self.add(payload)
+        if not self.choices:
+            raise ProtocolError(f"a reply without choices: {self.where}; {BASE_URL_ADVICE}")
         return deltas
 
     def _add_choice(self, choice: Mapping[str, Any]) -> Delta | None:
@@ -1276,9 +1286,8 @@ class _Reply:
         tokens = tuple(_parse_logprobs(logprobs, ids, self.top)) if logprobs else ()
         so_far.logprobs += tokens
         so_far.token_ids += ids
-        for name in ("prompt_logprobs", "prompt_token_ids"):
-            if choice.get(name):
-                so_far.prompt[name] = choice[name]
+        if choice.get("prompt_logprobs") or choice.get("prompt_token_ids"):
+            so_far.prompt = _parse_prompt(choice)
         return tokens, ids
 
     def _add_calls(self, so_far: _ChoiceSoFar, pieces: Sequence[Mapping[str, Any]]) -> tuple[ToolCall, ...]:
@@ -1305,7 +1314,7 @@ class _Reply:
     def completion(self, first_token_s: float | None = None, total_s: float | None = None) -> Completion:
         """Return everything received so far."""
         told = {name: value for name, value in self.fields.items() if name != "choices" or not self.is_stream}
-        choices = tuple(self.choices[index].choice(index, told) for index in sorted(self.choices))
+        choices = tuple(self.choices[index].choice(index, self.prompt) for index in sorted(self.choices))
         model, reply_id = told.get("model") or "", told.get("id") or ""
         return Completion(reply_id, self.request_id, model, choices, self.usage, first_token_s, total_s, told)
 
@@ -1463,7 +1472,9 @@ class _HarmonySplitter:
 
     def _take_body(self, ended: bool) -> tuple[str, str, bool]:
         """Return the body up to its end, what follows it, and whether the end was there."""
-        found = re.search("|".join(map(re.escape, self._ENDS)), self._held)
+        if "<" not in self._held:
+            return self._held, "", False
+        found = re.search(r"<\|(?:end|return|call|endoftext|start)\|>", self._held)
         if found:
             return self._held[: found.start()], self._held[found.end() :], True
         return (self._held, "", False) if ended else (*_hold_back(self._held, self._ENDS), False)
@@ -1846,7 +1857,7 @@ class VLLMClient:
         response = self._begin(call, path, body)
         stream_type = "text/event-stream" if body.get("stream") else "application/json"
         if "event-stream" not in response.headers.get("Content-Type", stream_type):  # nor does every gateway stream
-            yield from reply.add(self._read_json(call, response))
+            yield from reply.add_whole(self._read_json(call, response))
             return
         reply.is_stream = True
         decoder = _SSEDecoder()
