@@ -41,7 +41,7 @@ from dataclasses import KW_ONLY, dataclass, field, fields, replace
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from functools import partial
-from typing import Any, Final, NamedTuple, Self, TypeVar
+from typing import Any, Final, NamedTuple, Self, TextIO, TypeVar
 from urllib.parse import urlsplit
 
 import requests
@@ -95,14 +95,17 @@ LOOPBACK: Final = r"localhost|127(\.\d+){3}|::1"
 HEADER_NAME: Final = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"  # RFC 9110, token
 BASE_URL_ADVICE: Final = "is base_url the server's root, and is it vLLM? (curl BASE_URL/v1/models)"
 VLLM_PARAMETERS: Final = frozenset(  # only to tell a misplaced parameter from a misspelled setting
-    "add_generation_prompt add_special_tokens allowed_token_ids bad_words cache_salt chat_template chat_template_kwargs"
-    " continue_final_message documents echo frequency_penalty ignore_eos include_reasoning include_stop_str_in_output"
-    " length_penalty logit_bias max_completion_tokens min_p min_tokens mm_processor_kwargs n parallel_tool_calls"
-    " presence_penalty prompt_logprobs repetition_detection repetition_penalty request_id response_format"
-    " return_token_ids return_tokens_as_token_ids skip_special_tokens spaces_between_special_tokens stop_token_ids"
-    " stream_interval structured_outputs suffix thinking_token_budget tool_choice top_k top_logprobs"
-    " truncate_prompt_tokens truncation_side use_beam_search user vllm_xargs".split()
+    "add_generation_prompt add_special_tokens allowed_token_ids bad_words best_of cache_salt chat_template"
+    " chat_template_kwargs continue_final_message documents echo ec_transfer_params frequency_penalty ignore_eos"
+    " include_reasoning include_stop_str_in_output kv_transfer_params length_penalty logit_bias logprob_token_ids"
+    " max_completion_tokens media_io_kwargs min_p min_tokens mm_processor_kwargs n parallel_tool_calls"
+    " presence_penalty prompt_embeds prompt_logprobs repetition_detection repetition_penalty request_id"
+    " response_format return_prompt_text return_token_ids return_tokens_as_token_ids session_id skip_special_tokens"
+    " spaces_between_special_tokens stop_token_ids stream_interval stream_options structured_outputs suffix"
+    " thinking_token_budget tool_choice tools top_k top_logprobs truncate_prompt_tokens truncation_side"
+    " use_beam_search user vllm_xargs watermarking".split()
 )
+CALL_LIMITS: Final = ("timeout", "stream_idle_timeout", "deadline")  # keywords of a call that are not sent
 
 # ---- Errors -----------------------------------------------------------------
 #
@@ -189,7 +192,6 @@ class StatusError(VLLMError):
     """An HTTP error, also one told inside a reply with status 200. `server_message`: the server's own words."""
 
     server_message: str = ""
-    _fit: "_Fit | None" = None
 
 
 class AuthenticationError(StatusError):
@@ -258,29 +260,26 @@ def _require(is_good: bool) -> None:
         raise ValueError
 
 
-def _to_number(value: Any, least: float = -math.inf, most: float = sys.float_info.max) -> float:
+def _to_number(value: Any, least: float = -sys.float_info.max, most: float = sys.float_info.max) -> float:
     _require(isinstance(value, str | int | float) and not isinstance(value, bool))
-    _require(least <= float(value) <= most)  # never true for NaN
+    _require(least <= float(value) <= most)  # never true of NaN
     return float(value)
 
 
-def _to_int(value: Any, least: float = -math.inf) -> int:
+def _to_int(value: Any, least: float = -sys.float_info.max) -> int:
     _require(_to_number(value, least).is_integer())
-    return int(float(value)) if isinstance(value, float) or "." in str(value) else int(value)
+    return int(value) if re.fullmatch(r"\s*[+-]?[\d_]+\s*", str(value)) else int(float(value))
 
 
 def _to_strings(value: Any) -> str | list[str]:
-    _require(isinstance(value, str) or all(isinstance(item, str) for item in value))
-    return value if isinstance(value, str) else list(value)
-
-
-def _to_dict(value: Any) -> dict[str, Any]:
-    _require(isinstance(value, Mapping) and all(isinstance(name, str) for name in value))
-    return dict(value)
+    strings = value if isinstance(value, str) else list(value)
+    _require(all(isinstance(item, str) for item in strings))
+    return strings
 
 
 def _to_logprobs(value: Any) -> int | bool:
-    return value if isinstance(value, bool) else _FLAGS[value] if value in ("true", "false") else _to_int(value)
+    word = str(value).strip().lower()
+    return _FLAGS[word] if word in ("true", "false") else _to_int(value)
 
 
 def _to_verify(value: Any) -> bool | str:
@@ -296,10 +295,19 @@ _integer = _check("a whole number", _to_int)
 _count = _check("a whole number of at least 1", lambda value: _to_int(value, 1))
 _count_or_zero = _check("a whole number of at least 0", lambda value: _to_int(value, 0))
 _strings = _check("a string or a list of strings", _to_strings)
-_mapping = _check("a mapping with strings as keys", _to_dict)
 _logprobs = _check("a whole number, true or false", _to_logprobs)
 _verify = _check("true, false or the path of a CA bundle that exists", _to_verify)
 _format = _check("auto, chat_template or raw", {name: name for name in ("auto", "chat_template", "raw")}.__getitem__)
+
+
+def _mapping(key: str, value: object) -> dict[str, Any]:
+    """Return a dict; the error does not quote the values, which may be secrets."""
+    if not isinstance(value, Mapping):
+        raise ConfigurationError(f"{key} must be a mapping, got a {type(value).__name__}")
+    for name in value:
+        if not isinstance(name, str):
+            raise ConfigurationError(f"{key} must have strings as keys, got {name!r}")
+    return dict(value)
 
 
 def _secret(key: str, value: object) -> str:
@@ -310,12 +318,11 @@ def _secret(key: str, value: object) -> str:
 
 
 def _headers(key: str, value: object) -> dict[str, str]:
-    if not isinstance(value, Mapping):
-        raise ConfigurationError(f"{key} must be a mapping of header names to values")  # unquoted: it may be a secret
-    for name in value:
-        if not (isinstance(name, str) and re.fullmatch(HEADER_NAME, name)):
+    headers = _mapping(key, value)
+    for name in headers:
+        if not re.fullmatch(HEADER_NAME, name):
             raise ConfigurationError(f"{key} must have HTTP header names as keys, got {name!r}")
-    return {name: _secret(f"{key}[{name!r}]", str(text)).strip() for name, text in value.items()}
+    return {name: _secret(f"{key}[{name!r}]", str(text)).strip() for name, text in headers.items()}
 
 
 def _base_url(key: str, value: object) -> str:
@@ -333,10 +340,13 @@ def _base_url(key: str, value: object) -> str:
     except ValueError:
         is_good = False
     if not is_good or re.search(r"[\s\x00-\x1f\x7f?#]", text):
+        shown = re.split(r"[?#]", text)[0]  # a query may hold a key
         raise ConfigurationError(
-            f"{key} must be a URL like http://localhost:8000 or https://host/prefix, got {value!r}"
+            f"{key} must be a URL like http://localhost:8000 or https://host/prefix, got {shown!r}"
+            + (" with a query or fragment" if shown != text else "")
         )
-    return text.rstrip("/").removesuffix("/v1").rstrip("/")
+    scheme, rest = text.split(":", 1)
+    return f"{scheme.lower()}:{rest}".rstrip("/").removesuffix("/v1").rstrip("/")
 
 
 def _setting(check: _Check, default: Any = None, env: str = "") -> Any:
@@ -653,7 +663,9 @@ def _merge(config: VLLMConfig, body: dict[str, Any], params: Mapping[str, Any]) 
     extra = _mapping("extra_body", params.get("extra_body") or {})
     merged: dict[str, Any] = {}
     for layer in ({"model": config.default_model}, body, settings, params, config.extra_body, extra):
-        merged |= {name: value for name, value in layer.items() if value is not None and name != "extra_body"}
+        merged |= {name: value for name, value in layer.items() if value is not None}
+    for name in ("extra_body", *CALL_LIMITS):
+        merged.pop(name, None)
     if "stream" in merged:
         raise ConfigurationError("stream is not a parameter here; stream_complete() and stream_chat() stream")
     _encode(merged)
@@ -679,17 +691,15 @@ class _Limits(NamedTuple):
     """A call's limits in seconds; `math.inf` is none."""
 
     timeout: float
-    idle: float
+    stream_idle_timeout: float
     deadline: float
 
 
-def _take_limits(config: VLLMConfig, params: Mapping[str, Any]) -> tuple[_Limits, dict[str, Any]]:
-    """Return the call's limits, and the parameters without them."""
-    given = {"timeout": config.timeout, "stream_idle_timeout": config.stream_idle_timeout, "deadline": math.inf}
-    for name in given:
-        if params.get(name) is not None:
-            given[name] = _seconds(name, params[name])
-    return _Limits(*given.values()), {name: value for name, value in params.items() if name not in given}
+def _limits(config: VLLMConfig, params: Mapping[str, Any]) -> _Limits:
+    """Return the limits of a call with these parameters."""
+    given = {name: _seconds(name, params[name]) for name in CALL_LIMITS if params.get(name) is not None}
+    defaults = {"timeout": config.timeout, "stream_idle_timeout": config.stream_idle_timeout, "deadline": math.inf}
+    return _Limits(**{**defaults, **given})
 
 
 # ---- Transport (the only I/O) -----------------------------------------------
@@ -730,7 +740,7 @@ class _Call:
         """Return the seconds an operation may take, None for no limit; raise TimeoutError when none are left."""
         if self.is_idle_due:  # restarted only here, where waiting begins: the consumer's time is not the server's
             self.is_idle_due, self.limit = False, "stream_idle_timeout"
-            self.expires = time.monotonic() + self.limits.idle
+            self.expires = time.monotonic() + self.limits.stream_idle_timeout
         left = min(self.expires, self.ends) - time.monotonic()
         if left <= 0:
             raise TimeoutError
@@ -782,10 +792,9 @@ class _Call:
         if self.limit == "timeout":
             text = f"no reply within {self.limits.timeout:g} s: {where}; raise timeout, or ask for fewer tokens"
             return LLMTimeoutError(text)
-        text = (
-            f"silent for {self.limits.idle:g} s in mid-reply: {where}; raise stream_idle_timeout, or look for a proxy"
-        )
-        return LLMTimeoutError(f"{text} that buffers")
+        idle_s = self.limits.stream_idle_timeout
+        text = f"silent for {idle_s:g} s in mid-reply: {where}; raise stream_idle_timeout, or see if a proxy buffers"
+        return LLMTimeoutError(text)
 
 
 _CURRENT_CALL: Final[ContextVar[_Call]] = ContextVar("vllm_provider_call")  # how a pooled connection finds its call
@@ -1144,6 +1153,8 @@ def parse_chat_response(payload: Mapping[str, Any]) -> Completion:
 
 
 def _parse_response(payload: Mapping[str, Any]) -> Completion:
+    if not isinstance(payload, Mapping):
+        raise ProtocolError(f"a reply is a JSON object, got a {type(payload).__name__}")
     reply = _Reply()
     reply.add_whole(payload)
     return reply.completion()
@@ -1166,7 +1177,7 @@ def _not_json(text: str, where: str) -> ProtocolError:
 
 
 def _quoted(text: str) -> str:
-    text = " ".join(text[: 4 * MAX_QUOTED_CHARS].split())
+    text = " ".join(text[:READ_BYTES].split())
     return repr(text[:MAX_QUOTED_CHARS] + "…" if len(text) > MAX_QUOTED_CHARS else text)
 
 
@@ -1217,6 +1228,8 @@ class _Reply:
         self.body, self.where, self.request_id = body or {}, "in the reply", request_id
         asked = self.body.get("top_logprobs") if "messages" in self.body else self.body.get("logprobs")
         self.top = asked if isinstance(asked, int) and asked >= 0 else None  # of each token, the alternatives wanted
+        asked = self.body.get("prompt_logprobs", self.top)
+        self.prompt_top = asked if isinstance(asked, int) and asked >= 0 else None
         self.choices: dict[int, _ChoiceSoFar] = {}
         self.fields: dict[str, Any] = {}
         self.usage: Usage | None = None
@@ -1234,7 +1247,7 @@ class _Reply:
             if payload.get("usage"):
                 self.usage = _parse_usage(payload["usage"])
             if payload.get("prompt_logprobs") or payload.get("prompt_token_ids"):  # where chat tells them
-                self.prompt = _parse_prompt(payload)
+                self.prompt = _parse_prompt(payload, self.prompt_top)
             for choice in payload.get("choices") or ():
                 delta = self._add_choice(choice)
                 if delta is not None:
@@ -1287,7 +1300,7 @@ class _Reply:
         so_far.logprobs += tokens
         so_far.token_ids += ids
         if choice.get("prompt_logprobs") or choice.get("prompt_token_ids"):
-            so_far.prompt = _parse_prompt(choice)
+            so_far.prompt = _parse_prompt(choice, self.prompt_top)
         return tokens, ids
 
     def _add_calls(self, so_far: _ChoiceSoFar, pieces: Sequence[Mapping[str, Any]]) -> tuple[ToolCall, ...]:
@@ -1341,10 +1354,12 @@ def _parse_logprobs(logprobs: Mapping[str, Any], ids: Sequence[int], top: int | 
     known: Sequence[int | None] = ids if len(ids) == len(entries) else [None] * len(entries)
     for entry, token_id in zip(entries, known, strict=True):
         others = [_parse_entry(other) for other in entry.get("top_logprobs") or ()]
-        likeliest = sorted(
-            others, key=lambda other: -math.inf if other.logprob is None else other.logprob, reverse=True
-        )
-        yield _parse_entry(entry, token_id, tuple(likeliest[:top]))
+        yield _parse_entry(entry, token_id, _likeliest(others, top))
+
+
+def _likeliest(tokens: list[TokenLogprob], top: int | None) -> tuple[TokenLogprob, ...]:
+    ranked = sorted(tokens, key=lambda token: -math.inf if token.logprob is None else token.logprob, reverse=True)
+    return tuple(ranked[:top])
 
 
 def _to_chat_entries(logprobs: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
@@ -1370,14 +1385,13 @@ def _parse_logprob(value: float | None) -> float | None:
     return -math.inf if value <= SENTINEL_LOGPROB else value
 
 
-def _parse_prompt(told: Mapping[str, Any]) -> dict[str, Any]:
+def _parse_prompt(told: Mapping[str, Any], top: int | None) -> dict[str, Any]:
     """Return a Choice's fields about the prompt; in each entry the prompt's own token is first or named by its id."""
     ids, tokens = tuple(told.get("prompt_token_ids") or ()), []
     for position, entry in enumerate(told.get("prompt_logprobs") or ()):
         known = [_parse_prompt_entry(int(key), value) for key, value in (entry or {}).items()]
         own = next((token for token in known if ids and token.token_id == ids[position]), known[0] if known else None)
-        ranked = sorted(known, key=lambda token: token.rank or math.inf)
-        tokens.append(None if own is None else own._replace(top=tuple(ranked)))
+        tokens.append(None if own is None else own._replace(top=_likeliest(known, top)))
     return {"prompt_logprobs": tuple(tokens), "prompt_token_ids": ids}
 
 
@@ -1556,7 +1570,7 @@ def _to_completion_body(body: Mapping[str, Any], prompt: Any, room: int | None =
 
 # These match every text of vLLM 0.10-0.32 about a prompt or a max_tokens that does not fit, and no other.
 _OUTPUT_TOO_LARGE: Final = (
-    r"max_(?:completion_)?tokens=\d+ ?cannot be greater|'max_tokens' \(\d+\) cannot be greater|is too large: \d"
+    r"max_(?:completion_)?tokens=\d+ ?cannot be greater|'max_tokens' \(\d+\) cannot be greater|tokens' is too large: \d"
 )
 _OVERFLOW: Final = (
     r"maximum context length|maximum model length|context length is only \d|max_tokens must be at least 1, got -?\d"
@@ -1638,11 +1652,12 @@ def _error_message(payload: object) -> tuple[str, int | None]:
     """Return the text and the code of an error in any of the shapes servers and gateways send."""
     error = payload
     if isinstance(payload, Mapping):
-        error = payload.get("error") or (payload if payload.get("object") == "error" else payload.get("detail"))
+        error = payload.get("error") or payload.get("detail") or payload
     if isinstance(error, Mapping):
         error = error["error"] if isinstance(error.get("error"), Mapping) else error
         code = error.get("code")
-        return str(error.get("message") or ""), code if isinstance(code, int) else None
+        words = error["message"] if "message" in error else json.dumps(error)
+        return str(words or ""), code if isinstance(code, int) else None
     return error if isinstance(error, str) else "" if error is None else json.dumps(error), None
 
 
@@ -1668,7 +1683,7 @@ def _error_from_reply(
 def _redirect_error(status: int, location: str, where: str) -> StatusError:
     method, url = where.split(" ", 1)
     path = re.search(r"(/v1/[a-z/]+|/\w+)$", url)
-    base_url = location.removesuffix(path.group() if path else "")
+    base_url = location.rstrip("/").removesuffix(path.group() if path else "")
     if base_url.startswith("/"):
         base_url = "{0.scheme}://{0.netloc}".format(urlsplit(url)) + base_url
     advice = f"it is not followed, lest the prompt go astray: set base_url to {_quoted(base_url)}"
@@ -1691,7 +1706,7 @@ def _status_error(
     retry_after = _parse_retry_after(headers.get("Retry-After"))
     retryable = False if is_nan or status == 501 else None
     error = kind(text, status_code=status, retryable=retryable, retry_after=retry_after)
-    error.server_message, error._fit = message, fit
+    error.server_message = message
     return error
 
 
@@ -1738,6 +1753,8 @@ class VLLMClient:
 
     def __init__(self, base_url: str | VLLMConfig | None = None, **settings: Any) -> None:
         if isinstance(base_url, VLLMConfig):
+            if base_url.stream_idle_timeout == base_url.timeout and "timeout" in settings:
+                settings = {"stream_idle_timeout": None, **settings}  # which follows it
             self.config = replace(base_url, **settings)
         else:
             self.config = VLLMConfig(base_url, **settings)  # type: ignore[arg-type]  # None: the environment's
@@ -1766,7 +1783,7 @@ class VLLMClient:
 
     def models(self, **limits: Any) -> list[ModelCard]:
         """Return the models of `/v1/models`; the first is the one served to those who name none."""
-        with self._call(_take_limits(self.config, limits)[0]) as call:
+        with self._call(_limits(self.config, limits)) as call:
             return self._models(call)
 
     def version(self) -> str:
@@ -1779,9 +1796,9 @@ class VLLMClient:
 
         `options`: fields of vLLM's `/tokenize`, like `add_special_tokens` or `chat_template_kwargs`.
         """
-        limits, rest = _take_limits(self.config, options)
-        with self._call(limits) as call:
-            return list(self._tokenize(call, text_or_messages, rest)["tokens"])
+        fields_sent = {name: value for name, value in options.items() if name not in CALL_LIMITS}
+        with self._call(_limits(self.config, options)) as call:
+            return list(self._tokenize(call, text_or_messages, fields_sent)["tokens"])
 
     def detokenize(self, ids: Sequence[int]) -> str:
         """Return the text of token ids, special tokens included."""
@@ -1819,7 +1836,7 @@ class VLLMClient:
     # The way of a call: _stream -> _plan (prompt) -> _exchange -> _begin (model, max_tokens) -> _request -> _attempt.
 
     def _call(self, limits: _Limits | None = None) -> AbstractContextManager[_Call]:
-        return self._transport.call(_Call(limits or _take_limits(self.config, {})[0]))
+        return self._transport.call(_Call(limits or _limits(self.config, {})))
 
     def _whole(self, build: Callable[..., dict[str, Any]], source: Any, params: Mapping[str, Any]) -> Completion:
         with closing(self._stream(build, source, params, wants_stream=False)) as stream:
@@ -1838,21 +1855,21 @@ class VLLMClient:
 
         `prompt_format`: how a conversation becomes a prompt, as in VLLMConfig; None leaves it to the chat endpoint.
         """
-        limits, rest = _take_limits(self.config, params)
-        body = build(self.config, source, **rest)
-        call = _Call(limits, body.get("request_id"))
+        body = build(self.config, source, **params)
+        call = _Call(_limits(self.config, params), body.get("request_id"))
         reply = _Reply(body, request_id=call.request_id)
+
+        path = CHAT_PATH if build is build_chat_request else COMPLETIONS_PATH
 
         def deltas() -> Iterator[Delta]:
             with self._transport.call(call):
-                planned = body if prompt_format is None else self._plan(call, body, prompt_format, reply)
-                yield from self._exchange(call, _to_stream(planned) if wants_stream else planned, reply)
+                plan = (path, body) if prompt_format is None else self._plan(call, body, prompt_format, reply)
+                yield from self._exchange(call, plan[0], _to_stream(plan[1]) if wants_stream else plan[1], reply)
 
         return Stream(call, reply, deltas())
 
-    def _exchange(self, call: _Call, body: dict[str, Any], reply: _Reply) -> Iterator[Delta]:
+    def _exchange(self, call: _Call, path: str, body: dict[str, Any], reply: _Reply) -> Iterator[Delta]:
         """Yield what the reply to `body` adds to `reply`, event by event."""
-        path = CHAT_PATH if "messages" in body else COMPLETIONS_PATH
         reply.body, reply.where = body, f"POST {self.config.base_url}{path}"
         response = self._begin(call, path, body)
         stream_type = "text/event-stream" if body.get("stream") else "application/json"
@@ -1876,33 +1893,35 @@ class VLLMClient:
 
     # Conversations on /v1/completions, rendered by the model's own chat template.
 
-    def _plan(self, call: _Call, body: dict[str, Any], prompt_format: str, reply: _Reply) -> dict[str, Any]:
-        """Return a chat body rendered for completions, or itself, with the reason in `reply.degradation`."""
+    def _plan(self, call: _Call, body: dict[str, Any], prompt_format: str, reply: _Reply) -> tuple[str, dict[str, Any]]:
+        """Return the path and the body for a conversation; `reply.degradation` says why it is chat all the same."""
         messages = body["messages"]
         if prompt_format == "raw":
-            return _to_completion_body(body, "\n".join(_texts(messages)))
+            return COMPLETIONS_PATH, _to_completion_body(body, "\n".join(_texts(messages)))
         reason = self._hidden or _chat_only(body)
-        if reason is None:
-            try:
-                return self._render(call, body, reply)
-            except (StatusError, ProtocolError) as error:
-                reason = self._why_not_rendered(error)
-                if prompt_format == "chat_template" or reason is None:
-                    raise
-                if reason == NO_TEMPLATE and len(messages) == 1 and messages[0].get("role") == "user":
-                    return _to_completion_body(body, _texts(messages)[0])
+        try:
+            rendered = None if reason else self._render(call, body, reply)
+            if rendered is not None:
+                return COMPLETIONS_PATH, rendered
+            reason = reason or _harmony_only(body)
+        except (StatusError, ProtocolError) as error:
+            reason = self._why_not_rendered(error)
+            if prompt_format == "chat_template" or reason is None:
+                raise
+            if reason == NO_TEMPLATE and len(messages) == 1 and messages[0].get("role") == "user":
+                return COMPLETIONS_PATH, _to_completion_body(body, _texts(messages)[0])
         if prompt_format == "chat_template":
-            raise ConfigurationError(f"prompt_format chat_template cannot render this: {reason}")
-        reply.degradation = {"requested": "completions", "actual": "chat", "reason": reason}
-        return body
+            raise ConfigurationError(f"prompt_format chat_template cannot render this faithfully: {reason}")
+        reply.degradation = {"requested": "completions", "actual": "chat", "reason": str(reason)}
+        return CHAT_PATH, body
 
-    def _render(self, call: _Call, body: dict[str, Any], reply: _Reply) -> dict[str, Any]:
+    def _render(self, call: _Call, body: dict[str, Any], reply: _Reply) -> dict[str, Any] | None:
+        """Return the body with the conversation as token ids; None if that is not what the chat endpoint renders."""
         told = self._tokenize(call, body["messages"], {**_to_render_options(body), "return_token_strs": True})
         ids, limit = told["tokens"], told.get("max_model_len")
         is_harmony = HARMONY_START in ids
-        if is_harmony and (reason := _harmony_only(body)):
-            reply.degradation = {"requested": "completions", "actual": "chat", "reason": reason}
-            return body
+        if is_harmony and _harmony_only(body):
+            return None
         room = None if limit is None or "truncate_prompt_tokens" in body else limit - len(ids)
         if room is not None and room <= 0:
             fit = _Fit(limit, len(ids), is_floor=False, is_output=False)
@@ -1913,7 +1932,7 @@ class VLLMClient:
         if is_harmony:
             rendered["skip_special_tokens"] = False
         if not body.get("echo"):
-            reply.new_splitter = _HarmonySplitter if is_harmony else lambda: _ThinkSplitter(opened)
+            reply.new_splitter = _HarmonySplitter if is_harmony else partial(_ThinkSplitter, opened)
         return rendered
 
     def _tail(self, call: _Call, ids: Sequence[int]) -> str:
@@ -1955,7 +1974,7 @@ class VLLMClient:
                 fit = self._find_fit(call, body, error)
                 if fit is None or (not lowerings_left and not fit.is_overflow()):
                     raise
-                body = self._lowered(body, fit, error, level)
+                body = self._lowered(path, body, fit, error, level)
                 level = logging.DEBUG
         return self._request(call, "POST", path, body)
 
@@ -1971,10 +1990,10 @@ class VLLMClient:
             fit = fit._replace(input_tokens=self._ask(self._count_input, call, body) or floor, is_floor=False)
         return fit
 
-    def _lowered(self, body: dict[str, Any], fit: _Fit, error: StatusError, level: int) -> dict[str, Any]:
+    def _lowered(self, path: str, body: dict[str, Any], fit: _Fit, error: StatusError, level: int) -> dict[str, Any]:
         """Return the body with a max_tokens that fits; raise ContextLengthError, or the error, if there is none."""
         if fit.is_overflow():
-            where = f"POST {self.config.base_url}"
+            where = f"POST {self.config.base_url}{path}"
             raise _overflow_error(fit, error.server_message, error.status_code, where) from error
         name = _max_tokens_name(body)
         # Without the prompt's length the limit itself: 0.32 takes that, and others then tell the length.
@@ -1994,7 +2013,9 @@ class VLLMClient:
             self._served_model = known[0]
             return {**body, "model": known[0]}
         has = f"the server has {', '.join(known)}" if known else "look at /v1/models"
-        raise NotFoundError(f"model not found: {asked!r}; {has}", status_code=error.status_code) from error
+        unknown = NotFoundError(f"model not found: {asked!r}; {has}", status_code=error.status_code)
+        unknown.server_message = error.server_message
+        raise unknown from error
 
     def _ask(self, question: Callable[..., _Answer], *args: Any) -> _Answer | None:
         """Return the answer to a question on the side; None if there is none, since the call has its own error."""
@@ -2047,7 +2068,10 @@ class VLLMClient:
         body = {"prompt" if isinstance(source, str) else "messages": source, **options}
         if "model" not in body and (model := self._model(call)):
             body["model"] = model
-        told = self._fetch(call, "POST", "/tokenize", body)
+        try:
+            told = self._fetch(call, "POST", "/tokenize", body)
+        except NotFoundError as error:
+            told = self._fetch(call, "POST", "/tokenize", self._renamed(call, body, error))
         if not isinstance(told.get("tokens"), list):
             raise ProtocolError(f"not what vLLM's tokenizer sends: POST {self.config.base_url}/tokenize")
         return told
@@ -2398,7 +2422,7 @@ class VLLMProvider:
         event = {**base, "message_count": len(messages)}
         if self._is_debugged:
             with suppress(ConfigurationError):  # raised again where the call is made
-                body = build_chat_request(self.config, messages, **_take_limits(self.config, params)[1])
+                body = build_chat_request(self.config, messages, **params)
                 await self._emit_debug("request", base, _to_stream(body), event)
         await self._emit("llm:request", event)
         if not self._model_limits and self._limits(base["model"]) is None:
@@ -2774,13 +2798,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:  # the reader has left, which is its right; nothing may be written at exit either
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
     except VLLMError as error:
-        sys.stdout.flush()
         sys.stderr.write(f"vllm-provider: {error}\n")
         return 2 if isinstance(error, ConfigurationError) else 1
+    except OSError as error:  # of our own output: the disk is full, or the reader has left, which is its right
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing can be written at exit either
+        if isinstance(error, BrokenPipeError):
+            return 0
+        sys.stderr.write(f"vllm-provider: the output cannot be written: {error.strerror}\n")
+        return 1
 
 
 def _read_arguments(argv: Sequence[str] | None) -> dict[str, Any]:
@@ -2835,7 +2861,7 @@ def _run_health(client: VLLMClient, options: Mapping[str, Any]) -> None:
 
 
 def _run_prompt(client: VLLMClient, options: Mapping[str, Any]) -> None:
-    prompt = options["prompt"] if options.get("prompt") is not None else sys.stdin.read()
+    prompt = options["prompt"] if options.get("prompt") is not None else _read_stdin()
     messages = [{"role": "system", "content": options["system"]}] if "system" in options else []
     messages.append({"role": "user", "content": prompt})
     params = dict(_read_param(param) for param in options.get("param", ()))
@@ -2845,25 +2871,38 @@ def _run_prompt(client: VLLMClient, options: Mapping[str, Any]) -> None:
     build, source = (build_chat_request, messages) if has_messages else (build_completion_request, prompt)
     prompt_format = "chat_template" if "chat_template" in options else None
     stream = client._stream(build, source, params, "no_stream" not in options, prompt_format)
-    printer = _Printer("logprobs" in options)
-    with stream:
-        for delta in stream:
-            if "json" not in options:
-                printer.show(delta)
     if "json" in options:
-        print(json.dumps(_to_json(stream.completion), ensure_ascii=False))
-    else:
-        printer.end(stream.completion)
+        with stream:
+            collections.deque(stream, maxlen=0)
+        is_utf = (sys.stdout.encoding or "").lower().startswith("utf")
+        print(json.dumps(_to_json(stream.completion), ensure_ascii=not is_utf, allow_nan=False))
+        return
+    printer = _Printer("logprobs" in options)
+    try:
+        with stream:
+            for delta in stream:
+                printer.show(delta)
+    except VLLMError:
+        printer.end_line()
+        raise
+    printer.end(stream.completion)
+
+
+def _read_stdin() -> str:
+    try:
+        return sys.stdin.read()
+    except UnicodeDecodeError as error:
+        raise ConfigurationError(f"standard input is not {sys.stdin.encoding} text") from error
 
 
 def _read_param(param: str) -> tuple[str, Any]:
     name, _, value = param.partition("=")
     try:
-        return name.replace("-", "_"), json.loads(value)
+        _require(name.isidentifier() and name not in ("config", "messages", "prompt"))
+        return name, json.loads(value)
     except ValueError as error:
-        raise ConfigurationError(
-            f"--param must be NAME=JSON, like top_k=5 or stop='[\"END\"]', got {param!r}"
-        ) from error
+        told = f"--param must be NAME=JSON, like top_k=5 or stop='[\"END\"]', got {param!r}"
+        raise ConfigurationError(told) from error
 
 
 def _to_json(value: Any) -> Any:
@@ -2875,37 +2914,50 @@ def _to_json(value: Any) -> Any:
         return {name: _to_json(item) for name, item in value.items()}
     if isinstance(value, list | tuple | bytes):
         return [_to_json(item) for item in value]
-    return SENTINEL_LOGPROB if value == -math.inf else value
+    if isinstance(value, float) and not math.isfinite(value):
+        return SENTINEL_LOGPROB if value < 0 else None
+    return value
 
 
 class _Printer:
     """Shows deltas as they come: text on stdout, reasoning on stderr, with log probabilities where somebody looks."""
 
     def __init__(self, with_logprobs: bool) -> None:
-        self._has_colour = "NO_COLOR" not in os.environ
+        self._has_colour = not os.environ.get("NO_COLOR")
         self._with_logprobs = with_logprobs and sys.stdout.isatty()
-        self._last = ""
+        self._open: TextIO | None = None  # where a line has begun
 
     def show(self, delta: Delta) -> None:
         if delta.index:
             return  # further choices wait for the end, not to be mixed up with the first
         if delta.reasoning:
-            sys.stderr.write(self._dim(delta.reasoning) if sys.stderr.isatty() else delta.reasoning)
-            sys.stderr.flush()
+            self._write(sys.stderr, self._dim(delta.reasoning) if sys.stderr.isatty() else delta.reasoning)
         if delta.text:
-            if self._last == "reasoning":
-                sys.stderr.write("\n")
             joins = "".join(token.token for token in delta.logprobs) == delta.text
-            tokens = self._with_logprobs and joins
-            sys.stdout.write("".join(map(self._paint, delta.logprobs)) if tokens else delta.text)
-            sys.stdout.flush()
-        self._last = "text" if delta.text else "reasoning" if delta.reasoning else self._last
+            is_painted = self._with_logprobs and joins
+            self._write(sys.stdout, "".join(map(self._paint, delta.logprobs)) if is_painted else delta.text)
+
+    def _write(self, out: TextIO, text: str) -> None:
+        if self._open is not out:
+            self.end_line()
+        out.write(text)
+        out.flush()
+        self._open = out
+
+    def end_line(self) -> None:
+        if self._open is not None:
+            self._open.write("\n")
+            self._open.flush()
+            self._open = None
 
     def end(self, reply: Completion) -> None:
+        """Show the calls of the first choice, and the other choices whole."""
         for choice in reply.choices:
-            text = "" if choice.index == 0 else choice.text
-            calls = "".join(f"\n{call.name}({call.arguments})" for call in choice.tool_calls)
-            sys.stdout.write(f"{text}{calls}\n")
+            calls = [f"{call.name}({call.arguments})" for call in choice.tool_calls]
+            for line in [choice.text] * (choice.index > 0) + calls:
+                self.end_line()
+                self._write(sys.stdout, line)
+        self.end_line()
 
     def _paint(self, token: TokenLogprob) -> str:
         probability = token.probability or 0.0
