@@ -87,9 +87,9 @@ HARMONY_START: Final = 200006  # <|start|>, the first token of every gpt-oss con
 HARMONY_CALL: Final = 200012  # <|call|>, where gpt-oss stops after a tool call
 NO_TEMPLATE: Final = "the model has no chat template"
 CHAT_ONLY_PARAMETERS: Final = frozenset(
-    "messages tools tool_choice parallel_tool_calls chat_template chat_template_kwargs reasoning_effort logprobs"
+    "messages tools tool_choice parallel_tool_calls chat_template chat_template_kwargs documents reasoning_effort"
     " add_generation_prompt continue_final_message max_tokens max_completion_tokens include_reasoning"
-    " top_logprobs".split()
+    " logprobs top_logprobs".split()
 )
 LOOPBACK: Final = r"localhost|127(\.\d+){3}|::1"
 HEADER_NAME: Final = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"  # RFC 9110, token
@@ -340,10 +340,9 @@ def _base_url(key: str, value: object) -> str:
     except ValueError:
         is_good = False
     if not is_good or re.search(r"[\s\x00-\x1f\x7f?#]", text):
-        shown = re.split(r"[?#]", text)[0]  # a query may hold a key
+        shown = re.split(r"[?#]", str(value))[0]  # what follows may be a key
         raise ConfigurationError(
-            f"{key} must be a URL like http://localhost:8000 or https://host/prefix, got {shown!r}"
-            + (" with a query or fragment" if shown != text else "")
+            f"{key} must be a URL like http://localhost:8000, without query or fragment, got {shown!r}"
         )
     scheme, rest = text.split(":", 1)
     return f"{scheme.lower()}:{rest}".rstrip("/").removesuffix("/v1").rstrip("/")
@@ -488,7 +487,7 @@ class ToolCall(NamedTuple):
         """
         cause: Exception | None = None
         try:
-            arguments = json.loads(self.arguments)
+            arguments = json.loads(self.arguments, parse_constant=_refuse_constant)
             if isinstance(arguments, dict):
                 return arguments
         except (ValueError, RecursionError) as wrong:
@@ -497,6 +496,10 @@ class ToolCall(NamedTuple):
         error = InvalidToolCallError(f"the model called {self.name!r} with {told}")
         error.tool_name, error.raw_arguments = self.name, self.arguments
         raise error from cause
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
 
 
 class Usage(NamedTuple):
@@ -1546,7 +1549,10 @@ def _to_render_options(body: Mapping[str, Any]) -> dict[str, Any]:
     """Return what /tokenize needs to render as the chat endpoint would."""
     names = ("model", "add_generation_prompt", "continue_final_message", "chat_template")
     options = {name: body[name] for name in names if name in body}
-    kwargs = dict(body.get("chat_template_kwargs") or {})
+    kwargs = {
+        **{name: body[name] for name in ("documents",) if name in body},
+        **(body.get("chat_template_kwargs") or {}),
+    }
     effort = body.get("reasoning_effort")
     if effort is not None:  # as vLLM does from 0.22 on
         kwargs = {"reasoning_effort": effort, "enable_thinking": effort != "none", **kwargs}
@@ -1683,7 +1689,7 @@ def _error_from_reply(
 def _redirect_error(status: int, location: str, where: str) -> StatusError:
     method, url = where.split(" ", 1)
     path = re.search(r"(/v1/[a-z/]+|/\w+)$", url)
-    base_url = location.rstrip("/").removesuffix(path.group() if path else "")
+    base_url = re.split(r"[?#]", location)[0].rstrip("/").removesuffix(path.group() if path else "")
     if base_url.startswith("/"):
         base_url = "{0.scheme}://{0.netloc}".format(urlsplit(url)) + base_url
     advice = f"it is not followed, lest the prompt go astray: set base_url to {_quoted(base_url)}"
@@ -1760,6 +1766,7 @@ class VLLMClient:
             self.config = VLLMConfig(base_url, **settings)  # type: ignore[arg-type]  # None: the environment's
         self._transport = _Transport(self.config)
         self._served_model: str | None = None  # "" when the server will not say
+        self._cards: list[ModelCard] = []  # as last told
         self._hidden: str | None = None  # why conversations cannot be rendered here
 
     def complete(self, prompt: Any, **params: Any) -> Completion:
@@ -1781,10 +1788,9 @@ class VLLMClient:
         """Return a Stream of `/v1/chat/completions`; arguments as for chat()."""
         return self._stream(build_chat_request, messages, params)
 
-    def models(self, **limits: Any) -> list[ModelCard]:
+    def models(self) -> list[ModelCard]:
         """Return the models of `/v1/models`; the first is the one served to those who name none."""
-        with self._call(_limits(self.config, limits)) as call:
-            return self._models(call)
+        return self._list(_Call(_limits(self.config, {})))
 
     def version(self) -> str:
         """Return the server's version, like "0.32.0"; not retried."""
@@ -1848,10 +1854,10 @@ class VLLMClient:
         build: Callable[..., dict[str, Any]],
         source: Any,
         params: Mapping[str, Any],
-        wants_stream: bool = True,
+        wants_stream: bool | None = True,
         prompt_format: str | None = None,
     ) -> "Stream":
-        """Return the call as a Stream, whether or not its reply is one on the wire.
+        """Return the call as a Stream, whether or not its reply is one on the wire (None: if vLLM can stream it).
 
         `prompt_format`: how a conversation becomes a prompt, as in VLLMConfig; None leaves it to the chat endpoint.
         """
@@ -1860,6 +1866,8 @@ class VLLMClient:
         reply = _Reply(body, request_id=call.request_id)
 
         path = CHAT_PATH if build is build_chat_request else COMPLETIONS_PATH
+        if wants_stream is None:
+            wants_stream = not (body.get("prompt_logprobs") or body.get("use_beam_search"))
 
         def deltas() -> Iterator[Delta]:
             with self._transport.call(call):
@@ -1911,7 +1919,7 @@ class VLLMClient:
             if reason == NO_TEMPLATE and len(messages) == 1 and messages[0].get("role") == "user":
                 return COMPLETIONS_PATH, _to_completion_body(body, _texts(messages)[0])
         if prompt_format == "chat_template":
-            raise ConfigurationError(f"prompt_format chat_template cannot render this faithfully: {reason}")
+            raise ConfigurationError(f"prompt_format chat_template cannot render this: {reason}")
         reply.degradation = {"requested": "completions", "actual": "chat", "reason": str(reason)}
         return CHAT_PATH, body
 
@@ -2026,6 +2034,10 @@ class VLLMClient:
         except VLLMError:
             return None
 
+    def _list(self, call: _Call) -> list[ModelCard]:
+        with self._transport.call(call):
+            return self._models(call)
+
     def _model(self, call: _Call) -> str:
         """Return the model to name: the configured one, or the server's first; "" if a gateway hides them."""
         if self.config.default_model is not None:
@@ -2044,10 +2056,13 @@ class VLLMClient:
             cards = payload["data"]
             lengths = {card["id"]: card.get("max_model_len") for card in cards}
             lengths |= {card["id"]: lengths[card["id"]] or lengths.get(card.get("parent")) for card in cards}
-            return [ModelCard(card["id"], lengths[card["id"]], card.get("root"), card.get("parent")) for card in cards]
+            self._cards = [
+                ModelCard(card["id"], lengths[card["id"]], card.get("root"), card.get("parent")) for card in cards
+            ]
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             where = f"GET {self.config.base_url}/v1/models"
             raise ProtocolError(f"not the list of models vLLM sends: {where}; {BASE_URL_ADVICE}") from error
+        return self._cards
 
     def _find_limit(self, call: _Call, body: Mapping[str, Any]) -> int | None:
         """Return the context length of the body's model, in tokens."""
@@ -2107,8 +2122,7 @@ class VLLMClient:
                     raise
                 pause = _backoff_s(tries, self.config.max_retry_delay, wait)
                 if time.monotonic() + pause >= call.ends:
-                    text = f"the deadline of {call.limits.deadline:g} s leaves no time to try again: {error}"
-                    raise LLMTimeoutError(text, retryable=False) from error
+                    raise _no_time_left(error) from error
                 logger.warning("retry %d of %d in %.1f s: %s", tries, most, pause, error)
             call.pause(pause)
 
@@ -2123,7 +2137,12 @@ class VLLMClient:
         with suppress(StreamError, LLMTimeoutError, ProtocolError):  # as much as there is
             for piece in self._transport.read(call, response, MAX_ERROR_BYTES):
                 told += piece
-        raise _error_from_reply(response.status_code, response.headers, bytes(told), body, _where(response))
+        words = bytes(told).replace(self.config.api_key.encode(), b"***")  # some gateways quote it
+        raise _error_from_reply(response.status_code, response.headers, words, body, _where(response))
+
+
+def _no_time_left(error: VLLMError) -> LLMTimeoutError:
+    return LLMTimeoutError(f"the deadline leaves no time to try again: {error}", retryable=False)
 
 
 class Stream(Iterator[Delta]):
@@ -2196,7 +2215,7 @@ async def mount(coordinator: Any, config: Mapping[str, Any] | None = None) -> Ca
     Widens the running loop's default executor, unless the host has chosen one of its own.
     """
     provider = VLLMProvider(config=VLLMConfig.from_mapping(config or {}), coordinator=coordinator)
-    await _widen_executor(provider.config.max_concurrency)
+    _widen_executor(provider.config.max_concurrency)
     await coordinator.mount("providers", provider, name="vllm")
     register = getattr(coordinator, "register_contributor", None)
     if register is not None:  # without it the session's log does not subscribe to our events
@@ -2211,19 +2230,19 @@ async def on_session_ready(coordinator: Any) -> None:
             await provider._discover()
 
 
-async def _widen_executor(calls: int) -> None:
-    """Give the loop threads enough: the stock executor has min(32, cores + 4), and looks up DNS names too."""
+def _widen_executor(calls: int) -> None:
+    """Give the running loop threads enough: the stock executor has min(32, cores + 4), and looks up DNS names too."""
     import asyncio
     from concurrent.futures import ThreadPoolExecutor
 
-    name = ""
-    with suppress(TimeoutError):
-        name = await asyncio.wait_for(asyncio.to_thread(lambda: threading.current_thread().name), 1.0)
-    if name.startswith("asyncio"):
-        executor = ThreadPoolExecutor(SPARE_THREADS + calls, thread_name_prefix="vllm_provider")
-        asyncio.get_running_loop().set_default_executor(executor)
+    loop = asyncio.get_running_loop()
+    chosen = getattr(loop, "_default_executor", None)  # asyncio has no public way to ask
+    name = getattr(chosen, "_thread_name_prefix", "")
+    if chosen is None or name.startswith("asyncio"):
+        loop.set_default_executor(ThreadPoolExecutor(SPARE_THREADS + calls, thread_name_prefix="vllm_provider"))
     elif not name.startswith("vllm_provider"):
-        logger.info("the host's own executor is kept: as many calls run at once as it has threads")
+        threads = getattr(chosen, "_max_workers", "an unknown number of")
+        logger.info("the host's own executor is kept: %s calls run at once", threads)
 
 
 @contextmanager
@@ -2265,9 +2284,8 @@ class VLLMProvider:
         self.priority = config.priority
         self.default_model = config.default_model
         self.client = VLLMClient(replace(config, max_retries=0))  # retries are announced, so they are ours
-        self._model_limits: dict[str, int | None] = {}
         self._repaired: set[str] = set()
-        self._has_warned = False
+        self._has_warned = self._is_unlisted = False
         self._is_debugged = config.debug or config.raw_debug or config.raw
         self._places: tuple[Any, Any] = (None, None)  # a loop and its semaphore
 
@@ -2312,13 +2330,10 @@ class VLLMProvider:
 
     async def list_models(self) -> list[Any]:
         """Return the server's models as the kernel's ModelInfo; raise a kernel error when it cannot be asked."""
-        import asyncio
-
         try:
-            cards = await asyncio.to_thread(self.client.models)
+            cards = await self._list(self.config.timeout)
         except VLLMError as error:
             raise self._to_kernel_error(error, None) from error
-        self._remember(cards)
         return [self._to_model_info(card.id, self._limits(card.id) or (0, 0)) for card in cards]
 
     def parse_tool_calls(self, response: Any) -> list[Any]:
@@ -2338,26 +2353,35 @@ class VLLMProvider:
 
     def _limits(self, model: str | None) -> tuple[int, int] | None:
         """Return the context window and the largest output to plan with, in tokens, never above the server's."""
-        served = self._model_limits.get(model or self.client._served_model or "")
+        model = model or self.client._served_model
+        served = next((card.max_model_len for card in self.client._cards if card.id == model), None)
         window = min(filter(None, (served, self.config.context_window)), default=None)
         if window is None:
             return None
         return window, min(self.config.max_output_tokens or min(window // 4, 16384), window)
 
-    def _remember(self, cards: Sequence[ModelCard]) -> None:
-        self._model_limits = {card.id: card.max_model_len for card in cards}
-        if cards and self.client._served_model is None:
-            self.client._served_model = cards[0].id
-
-    async def _discover(self) -> str | None:
-        """Ask the server for its models, and return the first; a server that does not answer is one warning."""
+    async def _list(self, deadline: float) -> list[ModelCard]:
+        """Return the server's models, and remember their limits."""
         import asyncio
 
+        call = _Call(_Limits(self.config.timeout, math.inf, deadline))
         try:
-            self._remember(await asyncio.to_thread(self.client.models, deadline=DISCOVERY_S))
+            cards = await asyncio.to_thread(self.client._list, call)
+        except asyncio.CancelledError:
+            call.stop()
+            raise
+        self.client._served_model = cards[0].id if cards else ""
+        return cards
+
+    async def _discover(self, deadline: float = DISCOVERY_S) -> None:
+        """Ask for the limits of the models; a server that does not answer is one warning."""
+        try:
+            await self._list(min(deadline, DISCOVERY_S))
         except VLLMError as error:
+            self._is_unlisted = isinstance(error, StatusError | ProtocolError) and not error.retryable
+            if self._is_unlisted:
+                self.client._served_model = self.client._served_model or ""
             logger.warning("the limits of the models are unknown: %s", error)
-        return self.client._served_model
 
     # One call.
 
@@ -2369,42 +2393,50 @@ class VLLMProvider:
         """
         import asyncio
 
-        cancellation = getattr(self.coordinator, "cancellation", None)
         work = asyncio.ensure_future(self._complete(request, options))
         try:
             while not (await asyncio.wait({work}, timeout=CANCEL_POLL_S))[0]:
-                if getattr(cancellation, "is_immediate", False) is True:
-                    raise self._to_kernel_error(AbortError("the session was cancelled"), None)
+                if self._is_cancelled():
+                    model = options.get("model") or request.model or self.default_model or self.client._served_model
+                    raise self._to_kernel_error(AbortError("the session was cancelled"), model)
             return work.result()
         finally:
             if not work.done():
                 work.cancel()
                 await asyncio.wait({work})
 
+    def _is_cancelled(self) -> bool:
+        cancellation = getattr(self.coordinator, "cancellation", None)
+        return getattr(cancellation, "is_immediate", False) is True
+
     async def _complete(self, request: Any, options: Mapping[str, Any]) -> Any:
         started, retries = time.monotonic(), [0]
         params = _to_params(request, options)
         messages, repairs = _repair(_to_wire_messages(request.messages))
         request_id = str(params.get("request_id") or uuid.uuid4())
-        model = params.get("model") or self.default_model or self.client._served_model or await self._discover()
-        base = {"provider": "vllm", "model": model or "unknown", "request_id": request_id}
+        base = {"provider": "vllm", "model": params.get("model") or self.default_model, "request_id": request_id}
         result: dict[str, Any] = {"status": "error", "finish_reason": None, **_to_usage_payload(None)}
+        metadata = options.get("metadata") or request.metadata or {}
+        wants_events = self.config.use_streaming and metadata.get("stream") is not False
         try:
-            await self._announce(base, messages, params, repairs)
-            wants_events = self.config.use_streaming and (request.metadata or {}).get("stream") is not False
-            stream = await self._try(messages, params, base, retries, wants_events)
-            reply = stream.completion
-            for calls in _OPTIONS.get()[1]:
-                calls.append(reply)
-            response = _to_response(reply, stream._reply.degradation, params)
+            try:
+                if base["model"] is None and self.client._served_model is None:
+                    await self._discover(_limits(self.config, params).deadline)
+            finally:
+                base["model"] = base["model"] or self.client._served_model or "unknown"
+                await self._announce(base, messages, params, repairs)
+            ends = started + _limits(self.config, params).deadline
+            reply, response = await self._try(messages, params, base, retries, ends, wants_events)
             result |= {"status": "ok", "finish_reason": response.finish_reason, **_to_usage_payload(reply.usage)}
             if self._is_debugged:
                 await self._emit_debug("response", base, reply, result)
             return response
         except BaseException as error:
-            result |= {"error": str(error) or "cancelled", "error_type": type(error).__name__}
+            is_session = not isinstance(error, Exception) and self._is_cancelled()
+            kind = AbortError if is_session else type(error)
+            result |= {"error": str(error) or "cancelled", "error_type": kind.__name__}
             if isinstance(error, VLLMError):
-                raise self._to_kernel_error(error, model) from error
+                raise self._to_kernel_error(error, base["model"]) from error
             raise
         finally:
             elapsed = {"duration_ms": int((time.monotonic() - started) * 1000), "retries": retries[0]}
@@ -2425,12 +2457,13 @@ class VLLMProvider:
                 body = build_chat_request(self.config, messages, **params)
                 await self._emit_debug("request", base, _to_stream(body), event)
         await self._emit("llm:request", event)
-        if not self._model_limits and self._limits(base["model"]) is None:
-            await self._discover()
+        if not (self.client._cards or self._is_unlisted) and self._limits(base["model"]) is None:
+            await self._discover(_limits(self.config, params).deadline)
 
     async def _emit_debug(self, what: str, base: Mapping[str, Any], value: Any, event: dict[str, Any]) -> None:
         """Emit the debug events that are switched on; with `raw`, add the value to the event that comes anyway."""
-        raw, told = _to_json(value), {"provider": "vllm", "request_id": base["request_id"]}
+        raw = _to_json(value, {"token": "token_text"})  # a hook of Amplifier's blanks what is called "token"
+        told = {"provider": "vllm", "request_id": base["request_id"]}
         if self.config.raw:
             event["raw"] = raw
         if self.config.debug:
@@ -2439,38 +2472,69 @@ class VLLMProvider:
             await self._emit(f"llm:{what}:raw", {**told, what: raw})
 
     async def _try(
-        self, messages: Any, params: Mapping[str, Any], base: Mapping[str, Any], retries: list[int], wants_events: bool
-    ) -> Stream:
-        """Return the finished Stream of the first attempt that succeeds; announce each retry."""
+        self,
+        messages: Any,
+        params: Mapping[str, Any],
+        base: Mapping[str, Any],
+        retries: list[int],
+        ends: float,
+        wants_events: bool,
+    ) -> tuple[Completion, Any]:
+        """Return the answer of the first attempt that succeeds, as ours and as the kernel's; announce each retry."""
         import asyncio
 
         while True:
             blocks = _Blocks(self._emit, base["request_id"]) if wants_events else None
-            stream = self._start(messages, params, base["request_id"], retries[0])
+            left = {"deadline": max(ends - time.monotonic(), 0.001)}
+            stream = self._start(messages, {**params, **left}, base["request_id"], retries[0])
             try:
                 async with self._place():
-                    await _follow(stream, blocks)
-                return stream
+                    await self._follow(stream, blocks)
+                reply = stream.completion
+                for calls in _OPTIONS.get()[1]:
+                    calls.append(reply)
+                return reply, _to_response(reply, stream._reply.degradation, params)
             except BaseException as error:
                 if blocks:
                     await blocks.abort(error)
                 wait = getattr(error, "retry_after", None) or 0.0
+                delay = _backoff_s(retries[0] + 1, self.config.max_retry_delay, wait)
                 is_last = retries[0] >= self.config.max_retries or wait > self.config.max_retry_delay
                 if is_last or not (isinstance(error, VLLMError) and error.retryable):
                     raise
+                if time.monotonic() + delay >= ends:
+                    raise _no_time_left(error) from error
                 failure = error
             retries[0] += 1
-            delay = _backoff_s(retries[0], self.config.max_retry_delay, wait)
             told = {"provider": "vllm", "request_id": base["request_id"], "attempt": retries[0], "delay": delay}
             told |= {"max_retries": self.config.max_retries, "error_type": type(failure).__name__}
             await self._emit("provider:retry", {**told, "error_message": str(failure)})
             await asyncio.sleep(delay)
 
+    async def _follow(self, stream: Stream, blocks: "_Blocks | None") -> None:
+        """Read the stream to its end in a thread, and show its deltas."""
+        import asyncio
+
+        if self._is_cancelled():  # while it waited for its place
+            raise AbortError("the session was cancelled")
+        relay = _Relay()
+        read: Callable[[Stream], Any] = relay.read if blocks else partial(collections.deque, maxlen=0)
+        reading = asyncio.ensure_future(asyncio.to_thread(read, stream))
+        try:
+            while blocks is not None and (batch := await relay.take()):
+                await blocks.show(batch)
+            await reading
+            if blocks is not None:
+                await blocks.end()
+        except BaseException:
+            stream.cancel()
+            reading.cancel()
+            raise
+
     def _start(self, messages: Any, params: Mapping[str, Any], request_id: str, attempt: int) -> Stream:
         """Return the Stream of one attempt; nothing is sent before it is read."""
         prompt_format = self.config.prompt_format if self.config.use_completions else None
-        may_stream = not any(params.get(name) for name in ("prompt_logprobs", "use_beam_search"))
-        stream = self.client._stream(build_chat_request, messages, params, may_stream, prompt_format)
+        stream = self.client._stream(build_chat_request, messages, params, None, prompt_format)
         if not stream._call.keeps_id:
             stream._call.request_id = stream._reply.request_id = request_id
         stream._call.attempt = attempt
@@ -2506,27 +2570,6 @@ class VLLMProvider:
         else:
             options["retry_after"] = error.retry_after
         return kind(str(error), retryable=error.retryable, **options)
-
-
-async def _follow(stream: Stream, blocks: "_Blocks | None") -> None:
-    """Read the stream to its end in a thread, and show its deltas."""
-    import asyncio
-
-    relay = _Relay()
-    read: Callable[[Stream], Any] = (
-        relay.read if blocks else partial(collections.deque, maxlen=0)
-    )  # which runs through it
-    reading = asyncio.ensure_future(asyncio.to_thread(read, stream))
-    try:
-        while blocks is not None and (batch := await relay.take()):
-            await blocks.show(batch)
-        await reading
-        if blocks is not None:
-            await blocks.end()
-    except BaseException:
-        stream.cancel()
-        reading.cancel()
-        raise
 
 
 class _Relay:
@@ -2582,8 +2625,9 @@ class _Blocks:
                 self._open, self._index, self._sequence = block, self._index + 1, 0
                 await self._emit("start", **({"name": block[2]} if block[0] == "tool_use" else {}))
             if block[0] != "tool_use":
+                self._has_shown = True  # from now on: one hook may have it when another fails
                 await self._emit("delta", sequence=self._sequence, text="".join(text for _, text in pieces))
-                self._sequence, self._has_shown = self._sequence + 1, True
+                self._sequence += 1
 
     async def end(self) -> None:
         if self._open is not None:
@@ -2665,7 +2709,7 @@ def _to_wire_messages(messages: Sequence[Any]) -> list[dict[str, Any]]:
         content: Any = _to_wire_content(blocks) if blocks else message.content or ""
         calls = _to_wire_calls(message, blocks)
         names |= {call["id"]: call["function"]["name"] for call in calls}
-        results = [(block.tool_call_id, block.output) for block in blocks if block.type == "tool_result"]
+        results = [(block.tool_call_id, _to_json_text(block.output)) for block in blocks if block.type == "tool_result"]
         role = {"developer": "system", "function": "tool"}.get(message.role, message.role)  # templates know these
         if role == "tool" and not results:
             results = [(message.tool_call_id or "", content)]
@@ -2712,12 +2756,17 @@ def _to_wire_calls(message: Any, blocks: Sequence[Any]) -> list[dict[str, Any]]:
 
 
 def _to_json_text(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # half a character, which the model wrote as an escape
+        text = json.dumps(value, default=str)
+    return text
 
 
-def _to_wire_result(call_id: str, output: Any, name: str | None) -> dict[str, Any]:
+def _to_wire_result(call_id: str, content: Any, name: str | None) -> dict[str, Any]:
     named = {"name": name} if name else {}
-    return {"role": "tool", "tool_call_id": call_id, **named, "content": _to_json_text(output)}
+    return {"role": "tool", "tool_call_id": call_id, **named, "content": content}
 
 
 def _repair(messages: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[dict[str, str]]]:
@@ -2897,6 +2946,7 @@ def _read_stdin() -> str:
 
 def _read_param(param: str) -> tuple[str, Any]:
     name, _, value = param.partition("=")
+    name = name.replace("-", "_")
     try:
         _require(name.isidentifier() and name not in ("config", "messages", "prompt"))
         return name, json.loads(value)
@@ -2905,15 +2955,15 @@ def _read_param(param: str) -> tuple[str, Any]:
         raise ConfigurationError(told) from error
 
 
-def _to_json(value: Any) -> Any:
-    """Return values of this module as what JSON can hold: -inf as vLLM's -9999.0, bytes as a list."""
+def _to_json(value: Any, renamed: Mapping[str, str] | None = None) -> Any:
+    """Return values of this module as what JSON can hold: -inf as vLLM's -9999.0, bytes as a list. `renamed`: keys."""
     names = getattr(value, "_fields", getattr(value, "__dataclass_fields__", None))
     if names is not None:
-        return {name: _to_json(getattr(value, name)) for name in names}
+        value = {name: getattr(value, name) for name in names}
     if isinstance(value, Mapping):
-        return {name: _to_json(item) for name, item in value.items()}
+        return {(renamed or {}).get(name, name): _to_json(item, renamed) for name, item in value.items()}
     if isinstance(value, list | tuple | bytes):
-        return [_to_json(item) for item in value]
+        return [_to_json(item, renamed) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return SENTINEL_LOGPROB if value < 0 else None
     return value
