@@ -74,11 +74,13 @@ IDLE_REUSE_S: Final = 4.0  # vLLM closes a connection idle for 5 s (VLLM_HTTP_TI
 DRAIN_S: Final = 0.05  # how long to wait for a reply's last bytes after [DONE], so that its connection can be reused
 ERROR_BODY_S: Final = 5.0  # how long to wait for the words of an error whose status is known
 HEALTH_POLL_S: Final = 0.5
+LONGEST_WAIT_S: Final = 1e6  # 11 days; the clocks of sockets and locks overflow further on
 READ_BYTES: Final = 65536
 MAX_EVENT_BYTES: Final = 16 * 1024 * 1024  # no event of vLLM's comes near; more is a server gone wrong
 MAX_REPLY_BYTES: Final = 512 * 1024 * 1024
 MAX_ERROR_BYTES: Final = 1024 * 1024
 MAX_QUOTED_CHARS: Final = 200
+MIN_SECRET_CHARS: Final = 8  # a shorter key may be a common word: blanking it would garble what a server says
 MAX_LOWERINGS: Final = 2  # vLLM 0.16-0.31 names the model's limit in a first error, the prompt's length in a second
 SENTINEL_LOGPROB: Final = -9999.0  # vLLM writes -inf so, JSON having no infinity
 RETRIED_STATUS: Final = frozenset({429, 502, 503})  # refused before it began; 504 is not: vLLM works on behind it
@@ -687,7 +689,8 @@ def _encode(body: Mapping[str, Any]) -> bytes:
 
 def _to_stream(body: Mapping[str, Any]) -> dict[str, Any]:
     """Return the body asking for a stream with usage, which vLLM up to 0.17 and from 0.18 on default differently."""
-    return {**body, "stream": True, "stream_options": {"include_usage": True, **(body.get("stream_options") or {})}}
+    options = _mapping("stream_options", body.get("stream_options", {}))
+    return {**body, "stream": True, "stream_options": {"include_usage": True, **options}}
 
 
 class _Limits(NamedTuple):
@@ -719,7 +722,7 @@ class _Call:
         self.limits = limits
         self.request_id = request_id or str(uuid.uuid4())
         self.keeps_id = request_id is not None
-        self.attempt = 0
+        self.attempt = self.process = 0
         self.started = self.ends = self.expires = math.inf
         self.ended: float | None = None
         self.first_token_s: float | None = None
@@ -728,15 +731,18 @@ class _Call:
         self._stopped = threading.Event()
         self._lock = threading.Lock()
         self._socket: socket.socket | None = None
+        self.incoming: _Incoming | None = None
 
     def begin(self) -> None:
+        self.process = os.getpid()
         self.started = time.monotonic()
         self.ends = self.started + self.limits.deadline
 
     def begin_attempt(self, path: str) -> None:
         self.check()
         self.attempt += path in (COMPLETIONS_PATH, CHAT_PATH)  # questions on the side do not count
-        self.connected = self.reused = self.received = False
+        self.connected = self.reused = self.received = self.is_idle_due = False
+        self.incoming = None
         self.limit, self.expires = "timeout", time.monotonic() + self.limits.timeout
 
     def time_left(self) -> float | None:
@@ -747,7 +753,7 @@ class _Call:
         left = min(self.expires, self.ends) - time.monotonic()
         if left <= 0:
             raise TimeoutError
-        return None if left == math.inf else left
+        return None if left > LONGEST_WAIT_S else left
 
     def elapsed_s(self) -> float | None:
         now = time.monotonic() if self.ended is None else self.ended
@@ -773,7 +779,7 @@ class _Call:
         """Shut the socket both ways, at once, from any thread. The thread that reads closes it."""
         with self._lock:
             self._stopped.set()
-            if self._socket is not None:
+            if self._socket is not None and self.process == os.getpid():  # a forked child shares its parent's
                 with suppress(OSError):  # the other side was first
                     # Not its own shutdown(): an SSLSocket's drops the TLS layer; the reader gets ciphertext.
                     socket.socket.shutdown(self._socket, socket.SHUT_RDWR)
@@ -783,7 +789,7 @@ class _Call:
             raise AbortError("the call was stopped by its caller")
 
     def pause(self, seconds: float) -> None:
-        self._stopped.wait(seconds)
+        self._stopped.wait(min(seconds, LONGEST_WAIT_S))
         self.check()
 
     def timeout_error(self, where: str) -> LLMTimeoutError:
@@ -830,8 +836,37 @@ class _TLSSocket(_Socket, ssl.SSLSocket):  # type: ignore[misc]  # typeshed has 
     """The same under TLS; made by the SSL context, as its `sslsocket_class`."""
 
 
+class _Incoming(http.client.HTTPResponse):
+    """A reply that hands over all the chunks that have arrived; read1() takes them one by one, at twice the CPU."""
+
+    def begin(self) -> None:
+        super().begin()
+        _CURRENT_CALL.get().incoming = self if self.chunked else None
+
+    def read_chunks(self) -> bytes:
+        """Return the data of the chunks in the buffer, waiting if it is empty; b"" where read1() must do the rest."""
+        buffer = self.fp.peek()
+        data: list[bytes] = []
+        used, left = 0, self.chunk_left  # None before the first chunk, 0 before a chunk's last CRLF
+        while used < len(buffer):
+            if not left:
+                start = used if left is None else used + 2
+                end = buffer.find(b"\r\n", start)
+                size = buffer[start:end].partition(b";")[0].strip()
+                if end < 0 or not size.strip(b"0") or not re.fullmatch(rb"[0-9a-fA-F]{1,8}", size):
+                    break  # not whole, the last one, or not a size
+                used, left = end + 2, int(size, 16)
+            data.append(buffer[used : used + left])
+            used, left = used + len(data[-1]), left - len(data[-1])
+        self.fp.read(used)
+        self.chunk_left = left
+        return b"".join(data)
+
+
 class _Connection(HTTPConnection):
     """A connection that hands its socket to the current call, also when it comes out of the pool."""
+
+    response_class = _Incoming
 
     @property
     def is_connected(self) -> bool:
@@ -847,7 +882,7 @@ class _Connection(HTTPConnection):
         self._hand_over(reused=False)
 
     def request(self, *args: Any, **options: Any) -> None:
-        if self.sock is not None and _CURRENT_CALL.get() is not getattr(self.sock, "call", None):
+        if self.sock is not None and not _CURRENT_CALL.get().connected:
             self._hand_over(reused=True)
         super().request(*args, **options)
 
@@ -960,7 +995,7 @@ class _Transport:
         try:
             left = call.time_left()
             connect = min(self._config.connect_timeout, math.inf if left is None else left)
-            timeout = (None if connect == math.inf else connect, left)
+            timeout = (None if connect > LONGEST_WAIT_S else connect, left)
             response = self._session.send(request, timeout=timeout, **self._settings)
         except (requests.RequestException, urllib3.exceptions.HTTPError, OSError, ValueError) as error:
             call.check()
@@ -970,36 +1005,30 @@ class _Transport:
         logger.debug("%s: %d, request %s", where, response.status_code, call.wire_id())
         return response
 
-    def read(
-        self, call: _Call, response: requests.Response, limit: int = MAX_REPLY_BYTES
-    ) -> Generator[bytes, None, None]:
+    def read(self, call: _Call, response: requests.Response, limit: int | None = None) -> Generator[bytes, None, None]:
         """Yield the reply's bytes as they arrive; raise StreamError, LLMTimeoutError, ProtocolError or AbortError.
 
-        Read to its end, the connection goes back to the pool; left earlier, it is closed.
+        Read to its end, the connection goes back to the pool; left earlier, it is closed. `limit`: its bytes at most.
         """
-        where, raw = _where(response), response.raw
-        encoding, size = response.headers.get("Content-Encoding", "identity"), 0
-        # read1() also takes chunks, but one by one through two more layers: twice the CPU of a token.
-        pieces = raw.read_chunked(READ_BYTES) if raw.chunked else iter(lambda: raw.read1(READ_BYTES), b"")
+        where, size, limit = _where(response), 0, limit or MAX_REPLY_BYTES
+        encoding = response.headers.get("Content-Encoding", "identity")
         try:
             if encoding != "identity":
                 raise ProtocolError(f"the reply is encoded as {encoding!r}, which was not asked for: {where}")
-            for piece in pieces:
+            while piece := (call.incoming and call.incoming.read_chunks()) or response.raw.read1(READ_BYTES):
                 call.check()
                 size += len(piece)
+                yield piece[: len(piece) - max(0, size - limit)]
                 if size > limit:
                     raise ProtocolError(f"the reply is larger than {limit} bytes: {where}")
-                yield piece
             call.check()
         except (urllib3.exceptions.HTTPError, http.client.HTTPException, OSError, ValueError) as error:
-            cause = _root_cause(error)
-            if isinstance(cause, http.client.IncompleteRead) and cause.partial:
-                yield cause.partial  # of a chunk that was cut
             call.check()
             if _is_timeout(error):
                 raise call.timeout_error(where) from error
-            raise StreamError(f"the reply broke off: {where}: {cause}") from error
+            raise StreamError(f"the reply broke off: {where}: {_root_cause(error)}") from error
         finally:
+            call.incoming = None
             call.release()
             response.close()
 
@@ -1022,7 +1051,8 @@ def _root_cause(error: BaseException) -> BaseException:
 
 
 def _is_timeout(error: BaseException) -> bool:
-    return isinstance(error, requests.Timeout | urllib3.exceptions.TimeoutError | TimeoutError)
+    timeouts = (requests.Timeout, urllib3.exceptions.TimeoutError, TimeoutError)
+    return isinstance(error, timeouts) or isinstance(_root_cause(error), TimeoutError)
 
 
 def _to_network_error(error: Exception, call: _Call, where: str) -> VLLMError:
@@ -1087,7 +1117,7 @@ class _SSEDecoder:
         self._at_start = True
 
     def feed(self, raw: bytes) -> list[str]:
-        """Return the data of the events that `raw` completes; raise ProtocolError for one over MAX_EVENT_BYTES."""
+        """Return the data of the events that `raw` completes."""
         if raw.find(b"\n") == len(raw) - 2 and raw.startswith(b"data: ") and self._is_idle(raw):
             return [raw[6:-2].decode("utf-8", "replace")]  # one event, as vLLM sends them: a third of the CPU
         if self._after_cr and raw:
@@ -1105,9 +1135,12 @@ class _SSEDecoder:
         if rest:
             self._line.append(rest)
             self._line_bytes += len(rest)
+        return events
+
+    def check(self) -> None:
+        """Raise ProtocolError when the event that has not ended is over MAX_EVENT_BYTES."""
         if self._line_bytes + self._data_bytes > MAX_EVENT_BYTES:
             raise ProtocolError(f"an event of the stream is larger than {MAX_EVENT_BYTES} bytes")
-        return events
 
     def _is_idle(self, raw: bytes) -> bool:
         is_between = not (self._line or self._data or self._at_start or self._after_cr)
@@ -1197,6 +1230,8 @@ class _ChoiceSoFar:
     def __init__(self, splitter: "_ThinkSplitter | _HarmonySplitter | None" = None) -> None:
         self.splitter = splitter
         self.text, self.reasoning = io.StringIO(), io.StringIO()
+        self.text.readline()  # from here on it holds characters; Python 3.11 would collect 100,000 pieces first
+        self.reasoning.readline()
         self.calls: list[_CallSoFar] = []
         self.current: dict[int, _CallSoFar] = {}  # by the index the server gives
         self.logprobs: list[TokenLogprob] = []
@@ -1272,6 +1307,7 @@ class _Reply:
         index = choice.get("index") or 0
         so_far = self.choices.get(index)
         if so_far is None:
+            _require(isinstance(index, int))
             so_far = self.choices[index] = _ChoiceSoFar(self.new_splitter and self.new_splitter())
         part = choice.get("delta") or choice.get("message") or choice
         text = part.get("content") or part.get("text") or ""
@@ -1329,8 +1365,10 @@ class _Reply:
 
     def completion(self, first_token_s: float | None = None, total_s: float | None = None) -> Completion:
         """Return everything received so far."""
-        told = {name: value for name, value in self.fields.items() if name != "choices" or not self.is_stream}
-        choices = tuple(self.choices[index].choice(index, self.prompt) for index in sorted(self.choices))
+        told, so_far = self.fields.copy(), self.choices.copy()  # another thread may be adding to them
+        if self.is_stream:
+            told.pop("choices", None)
+        choices = tuple(so_far[index].choice(index, self.prompt) for index in sorted(so_far))
         model, reply_id = told.get("model") or "", told.get("id") or ""
         return Completion(reply_id, self.request_id, model, choices, self.usage, first_token_s, total_s, told)
 
@@ -1376,7 +1414,7 @@ def _to_chat_entries(logprobs: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
 
 def _parse_entry(entry: Mapping[str, Any], token_id: int | None = None, top: Any = ()) -> TokenLogprob:
     token, raw = entry["token"], entry.get("bytes")
-    if token_id is None and token.startswith("token_id:"):  # return_tokens_as_token_ids
+    if token_id is None and re.fullmatch(r"token_id:\d+", token):  # return_tokens_as_token_ids
         token_id = int(token.removeprefix("token_id:"))
     logprob = _parse_logprob(entry.get("logprob"))
     return TokenLogprob(token, logprob, None if raw is None else bytes(raw), token_id, entry.get("rank"), top)
@@ -1418,22 +1456,24 @@ class _ThinkSplitter:
     """
 
     def __init__(self, opened: bool = False) -> None:
-        self._state, self._held = "reasoning" if opened else "start", ""
+        self._state, self._held = "opened" if opened else "start", ""
 
     def feed(self, piece: str, ended: bool = False) -> tuple[str, str, list[dict[str, Any]]]:
         """Return the text and the reasoning that are certain by now; no tool calls."""
         if self._state == "text":
             return piece, "", []
         held, self._held = self._held + piece, ""
-        if self._state == "start":
+        if self._state in ("start", "opened"):
             tag = held.lstrip()
-            if not ended and len(held) <= len("</think>") and "<think>".startswith(tag[:7]) and len(tag) < 7:
+            is_near = len(held) - len(tag) <= 2  # line breaks, as some models begin
+            if is_near and not ended and tag != "<think>" and "<think>".startswith(tag):
                 self._held = held
                 return "", "", []
-            self._state = "reasoning" if tag.startswith("<think>") else "text"
-            if self._state == "text":  # a tag further on is only a mention
+            has_tag = is_near and tag.startswith("<think>")
+            if self._state == "start" and not has_tag:  # a tag further on is only a mention
+                self._state = "text"
                 return held, "", []
-            held = tag.removeprefix("<think>")
+            self._state, held = "reasoning", tag.removeprefix("<think>") if has_tag else held
         reasoning, tag, text = held.partition("</think>")
         if tag:
             self._state = "text"
@@ -1452,6 +1492,7 @@ class _HarmonySplitter:
 
     def __init__(self) -> None:
         self._held, self._channel, self._calls = "", "", 0  # no channel: inside a header
+        self._is_new = True
 
     def feed(self, piece: str, ended: bool = False) -> tuple[str, str, list[dict[str, Any]]]:
         """Return the text, the reasoning and the pieces of tool calls that are certain by now."""
@@ -1461,9 +1502,12 @@ class _HarmonySplitter:
             if not self._channel:
                 header, mark, rest = self._held.partition("<|message|>")
                 if not mark:
+                    if ended and self._is_new and "<|" not in header:  # no harmony at all: the prompt had the header
+                        text, self._held = header, ""
                     break
+                self._is_new = False
                 self._held = rest
-                calls += self._read_header(header.replace("<|constrain|>", " "))
+                calls += self._read_header(header)
                 continue
             body, self._held, is_over = self._take_body(ended)
             if self._channel == "call":
@@ -1564,8 +1608,8 @@ def _to_completion_body(body: Mapping[str, Any], prompt: Any, room: int | None =
     rest = {name: value for name, value in body.items() if name not in CHAT_ONLY_PARAMETERS}
     if "logprobs" in body:
         rest["logprobs"] = body.get("top_logprobs", 1)
-    asked = body.get(_max_tokens_name(body))
-    if room is not None and isinstance(asked, int) and asked > room:
+    asked = _asked_tokens(body)
+    if room is not None and asked is not None and asked > room:
         logger.warning("max_tokens=%d does not fit: sent with the %d tokens left", asked, room)
         asked = room
     fitting = DEFAULT_MAX_TOKENS if room is None else room
@@ -1637,7 +1681,7 @@ def _read_fit(message: str, body: Mapping[str, Any], model_limit: int | None = N
     is_output = bool(re.search(_OUTPUT_TOO_LARGE, message))
     if not is_output and not re.search(_OVERFLOW, message):
         return None
-    asked = body.get(_max_tokens_name(body))
+    asked = _asked_tokens(body)
     said, found, room = (re.search(pattern, message) for pattern in (_LIMIT, _INPUT, _ROOM))
     limit = int(said.group(1)) if said else model_limit
     tokens = int(next(filter(None, found.groups()))) if found else None
@@ -1652,6 +1696,12 @@ def _read_fit(message: str, body: Mapping[str, Any], model_limit: int | None = N
 
 def _max_tokens_name(body: Mapping[str, Any]) -> str:
     return "max_tokens" if body.get("max_completion_tokens") is None else "max_completion_tokens"
+
+
+def _asked_tokens(body: Mapping[str, Any]) -> int | None:
+    """Return the number of tokens the body asks for; vLLM takes it as text too."""
+    asked = str(body.get(_max_tokens_name(body)))
+    return int(asked) if re.fullmatch(r"-?\d+", asked) else None
 
 
 def _error_message(payload: object) -> tuple[str, int | None]:
@@ -1689,11 +1739,13 @@ def _error_from_reply(
 def _redirect_error(status: int, location: str, where: str) -> StatusError:
     method, url = where.split(" ", 1)
     path = re.search(r"(/v1/[a-z/]+|/\w+)$", url)
-    base_url = re.split(r"[?#]", location)[0].rstrip("/").removesuffix(path.group() if path else "")
-    if base_url.startswith("/"):
-        base_url = "{0.scheme}://{0.netloc}".format(urlsplit(url)) + base_url
-    advice = f"it is not followed, lest the prompt go astray: set base_url to {_quoted(base_url)}"
-    return StatusError(f"{method} {url} is redirected to {_quoted(location)}; {advice}", status_code=status)
+    target = re.split(r"[?#]", location)[0].rstrip("/")
+    text = f"{method} {url} is redirected to {_quoted(location)}, which is not followed, lest the prompt go astray"
+    if path and target.endswith(path.group()):
+        base_url = target.removesuffix(path.group())
+        origin = "{0.scheme}://{0.netloc}".format(urlsplit(url))
+        text += f": set base_url to {_quoted(base_url if '//' in base_url else origin + base_url)}"
+    return StatusError(text, status_code=status)
 
 
 def _status_error(
@@ -1820,7 +1872,8 @@ class VLLMClient:
         with self._call(_Limits(self.config.timeout, math.inf, wait if wait > 0 else math.inf)) as call:
             while True:
                 try:
-                    return self._request(call, "GET", "/health", retries=0).close()
+                    response = self._request(call, "GET", "/health", retries=0)
+                    return collections.deque(self._transport.read(call, response), maxlen=0).clear()
                 except (NetworkError, ProviderUnavailableError):
                     if wait <= 0 or time.monotonic() + HEALTH_POLL_S >= call.ends:
                         raise
@@ -1889,12 +1942,14 @@ class VLLMClient:
         with closing(self._transport.read(call, response)) as pieces:
             for raw in pieces:
                 for data in decoder.feed(raw):
+                    call.check()
                     if data == "[DONE]":
                         return self._finish(call, reply, pieces)
                     deltas = reply.add(_decode_json(data, reply.where))
                     if reply.has_output and call.first_token_s is None:
                         call.first_token_s = call.elapsed_s()
                     yield from deltas
+                decoder.check()
                 if reply.has_output and (b"\n" in raw or b"\r" in raw):
                     call.is_idle_due = True  # a line is a sign of life, half a line is not
         raise StreamError(f"the stream ended without [DONE]: {reply.where}; was the server or a proxy stopped?")
@@ -1963,7 +2018,7 @@ class VLLMClient:
         """Check that the stream said something, and wait a moment for its last bytes, to keep the connection."""
         if not (reply.has_output or reply.has_finished):  # vLLM 0.13-0.31 can lose an error before the first token
             raise StreamError(f"the stream ended without any output: {reply.where}; look at the server's log")
-        call.expires = time.monotonic() + DRAIN_S
+        call.is_idle_due, call.expires = False, time.monotonic() + DRAIN_S
         with suppress(VLLMError):
             for _ in pieces:
                 pass
@@ -2003,12 +2058,12 @@ class VLLMClient:
         if fit.is_overflow():
             where = f"POST {self.config.base_url}{path}"
             raise _overflow_error(fit, error.server_message, error.status_code, where) from error
-        name = _max_tokens_name(body)
+        name, asked = _max_tokens_name(body), _asked_tokens(body)
         # Without the prompt's length the limit itself: 0.32 takes that, and others then tell the length.
         room = (fit.limit or 0) - (fit.input_tokens or 0)
-        if not isinstance(body.get(name), int) or not 0 < room < body[name]:
+        if asked is None or not 0 < room < asked:
             raise error
-        logger.log(level, "%s=%d does not fit a context of %d: sent again with %d", name, body[name], fit.limit, room)
+        logger.log(level, "%s=%d does not fit a context of %d: sent again with %d", name, asked, fit.limit, room)
         return {**body, name: room}
 
     def _renamed(self, call: _Call, body: dict[str, Any], error: NotFoundError) -> dict[str, Any]:
@@ -2045,7 +2100,9 @@ class VLLMClient:
         if self._served_model is None:
             try:
                 cards = self._models(call)
-            except (AuthenticationError, InvalidRequestError, NotFoundError, ProtocolError):
+            except (StatusError, ProtocolError) as error:
+                if error.retryable:
+                    raise
                 cards = []
             self._served_model = cards[0].id if cards else ""
         return self._served_model
@@ -2122,7 +2179,7 @@ class VLLMClient:
                     raise
                 pause = _backoff_s(tries, self.config.max_retry_delay, wait)
                 if time.monotonic() + pause >= call.ends:
-                    raise _no_time_left(error) from error
+                    raise _no_time_left(error, call.limits.deadline) from error
                 logger.warning("retry %d of %d in %.1f s: %s", tries, most, pause, error)
             call.pause(pause)
 
@@ -2137,12 +2194,13 @@ class VLLMClient:
         with suppress(StreamError, LLMTimeoutError, ProtocolError):  # as much as there is
             for piece in self._transport.read(call, response, MAX_ERROR_BYTES):
                 told += piece
-        words = bytes(told).replace(self.config.api_key.encode(), b"***")  # some gateways quote it
+        key = self.config.api_key.encode()
+        words = bytes(told).replace(key, b"***") if len(key) >= MIN_SECRET_CHARS else bytes(told)  # gateways quote it
         raise _error_from_reply(response.status_code, response.headers, words, body, _where(response))
 
 
-def _no_time_left(error: VLLMError) -> LLMTimeoutError:
-    return LLMTimeoutError(f"the deadline leaves no time to try again: {error}", retryable=False)
+def _no_time_left(error: VLLMError, deadline: float) -> LLMTimeoutError:
+    return LLMTimeoutError(f"the deadline of {deadline:g} s leaves no time to try again: {error}", retryable=False)
 
 
 class Stream(Iterator[Delta]):
@@ -2165,6 +2223,8 @@ class Stream(Iterator[Delta]):
                 raise StopIteration from error
             error.partial = self.completion
             raise
+        except ValueError as error:  # "generator already executing": another thread is closing it
+            raise StopIteration from error
 
     def __enter__(self) -> Self:
         """Send the request and wait for its first delta."""
@@ -2419,28 +2479,40 @@ class VLLMProvider:
         metadata = options.get("metadata") or request.metadata or {}
         wants_events = self.config.use_streaming and metadata.get("stream") is not False
         try:
-            try:
-                if base["model"] is None and self.client._served_model is None:
-                    await self._discover(_limits(self.config, params).deadline)
-            finally:
-                base["model"] = base["model"] or self.client._served_model or "unknown"
-                await self._announce(base, messages, params, repairs)
-            ends = started + _limits(self.config, params).deadline
+            ends = await self._begin(base, messages, params, repairs, started)
             reply, response = await self._try(messages, params, base, retries, ends, wants_events)
             result |= {"status": "ok", "finish_reason": response.finish_reason, **_to_usage_payload(reply.usage)}
             if self._is_debugged:
                 await self._emit_debug("response", base, reply, result)
             return response
         except BaseException as error:
-            is_session = not isinstance(error, Exception) and self._is_cancelled()
-            kind = AbortError if is_session else type(error)
-            result |= {"error": str(error) or "cancelled", "error_type": kind.__name__}
+            result |= self._to_failure(error)
             if isinstance(error, VLLMError):
                 raise self._to_kernel_error(error, base["model"]) from error
             raise
         finally:
             elapsed = {"duration_ms": int((time.monotonic() - started) * 1000), "retries": retries[0]}
             await self._emit("llm:response", {**base, **elapsed, **result})
+
+    async def _begin(
+        self, base: dict[str, Any], messages: Any, params: Mapping[str, Any], repairs: Any, started: float
+    ) -> float:
+        """Name the model, emit what precedes a call, learn the model's limits; return when the deadline is."""
+        try:
+            ends = started + _limits(self.config, params).deadline
+            if base["model"] is None and self.client._served_model is None:
+                await self._discover(ends - time.monotonic())
+        finally:
+            base["model"] = base["model"] or self.client._served_model or "unknown"
+            await self._announce(base, messages, params, repairs)
+        if not (self.client._cards or self._is_unlisted) and self._limits(base["model"]) is None:
+            await self._discover(ends - time.monotonic())
+        return ends
+
+    def _to_failure(self, error: BaseException) -> dict[str, Any]:
+        is_session = not isinstance(error, Exception) and self._is_cancelled()
+        kind = AbortError if is_session else type(error)
+        return {"error": str(error) or "cancelled", "error_type": kind.__name__}
 
     async def _announce(
         self, base: dict[str, Any], messages: list[dict[str, Any]], params: Mapping[str, Any], repairs: Any
@@ -2457,8 +2529,6 @@ class VLLMProvider:
                 body = build_chat_request(self.config, messages, **params)
                 await self._emit_debug("request", base, _to_stream(body), event)
         await self._emit("llm:request", event)
-        if not (self.client._cards or self._is_unlisted) and self._limits(base["model"]) is None:
-            await self._discover(_limits(self.config, params).deadline)
 
     async def _emit_debug(self, what: str, base: Mapping[str, Any], value: Any, event: dict[str, Any]) -> None:
         """Emit the debug events that are switched on; with `raw`, add the value to the event that comes anyway."""
@@ -2503,7 +2573,7 @@ class VLLMProvider:
                 if is_last or not (isinstance(error, VLLMError) and error.retryable):
                     raise
                 if time.monotonic() + delay >= ends:
-                    raise _no_time_left(error) from error
+                    raise _no_time_left(error, _limits(self.config, params).deadline) from error
                 failure = error
             retries[0] += 1
             told = {"provider": "vllm", "request_id": base["request_id"], "attempt": retries[0], "delay": delay}
