@@ -1,0 +1,9836 @@
+# SPDX-License-Identifier: MIT
+"""The tests of vllm_provider.py, and the stand-in server they talk to: no model, no GPU, no network.
+
+pytest test_vllm_provider.py                  the tests
+python test_vllm_provider.py                  the demo: the command line against the stand-in
+python test_vllm_provider.py --serve 8000     the stand-in alone, to try things on
+"""
+
+import argparse
+import ast
+import asyncio
+import contextlib
+import copy
+import dataclasses
+import email.utils
+import errno
+import http.client
+import inspect
+import io
+import itertools
+import json
+import logging
+import math
+import os
+import pathlib
+import pickle
+import pty
+import queue
+import random
+import re
+import shlex
+import signal
+import socket
+import ssl
+import struct
+import subprocess
+import sys
+import threading
+import time
+import traceback
+import tracemalloc
+import types
+import uuid
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, fields
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any, Final, Self, TypeAlias
+
+import certifi
+import pytest
+import requests
+import responses
+from amplifier_core import AmplifierSession, ChatRequest, ConfigField, Message, ModelInfo, ProviderInfo, llm_errors
+from amplifier_core.content_models import TextContent, ThinkingContent, ToolCallContent
+from amplifier_core.message_models import (
+    ChatResponse,
+    Degradation,
+    ResponseFormatJson,
+    ResponseFormatJsonSchema,
+    ResponseFormatText,
+    TextBlock,
+    ThinkingBlock,
+    ToolCallBlock,
+    ToolSpec,
+)
+from amplifier_core.message_models import ToolCall as KernelToolCall
+from amplifier_core.message_models import Usage as KernelUsage
+from amplifier_core.testing import MockCoordinator
+from amplifier_core.validation import ProviderValidator
+from amplifier_core.validation.behavioral import ProviderBehaviorTests
+from amplifier_core.validation.structural import ProviderStructuralTests
+
+import vllm_provider  # before amplifier_core's pytest plugin can load it under another name
+from vllm_provider import (
+    AbortError,
+    AccessDeniedError,
+    AuthenticationError,
+    Choice,
+    Completion,
+    ConfigurationError,
+    ContextLengthError,
+    Delta,
+    InvalidRequestError,
+    InvalidToolCallError,
+    LLMTimeoutError,
+    ModelCard,
+    NetworkError,
+    NotFoundError,
+    ProtocolError,
+    ProviderUnavailableError,
+    RateLimitError,
+    StatusError,
+    Stream,
+    StreamError,
+    TokenLogprob,
+    ToolCall,
+    Usage,
+    VLLMClient,
+    VLLMConfig,
+    VLLMError,
+    VLLMProvider,
+    _HarmonySplitter,
+    _SSEDecoder,
+    _ThinkSplitter,
+    build_chat_request,
+    build_completion_request,
+    main,
+    mount,
+    on_session_ready,
+    parse_chat_response,
+    parse_completion_response,
+    request_options,
+)
+
+# SPDX-License-Identifier: MIT
+
+
+# ---- Stand-in: what the model says ------------------------------------------
+
+MODEL: Final = "parrot"
+MAX_MODEL_LEN: Final = 2048
+MAX_LOGPROBS: Final = 20
+END: Final = "<|im_end|>"
+TURN: Final = "<|im_start|>assistant\n"
+COUNT: Final = " ".join(map(str, range(1, 101)))
+PROMPT_ANSWERS: Final = {
+    "The capital of France is": " Paris.",
+    "What is 2+2?": " 4",
+    "Once upon a time": f" there was a small model that could count: {COUNT}",
+    "Count to 100.": f" {COUNT}",
+}
+CHAT_ANSWERS: Final = {  # the user's words: reasoning, content
+    "What is 2+2?": ("Two plus two equals four.", "2 + 2 = 4"),
+    "Hello": ("A greeting.", "Hello! How can I help you today?"),
+    "Count to 100.": ("Count.", COUNT),
+    "Say hello in Japanese.": ("Use hiragana.", "こんにちは、世界 🌸🚀"),
+}
+_CALL: Final = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "%s"}}\n</tool_call>'
+TOOL_ANSWERS: Final = {  # the same, where tools are offered
+    "What is the weather in Paris?": ("I need the tool.", _CALL % "Paris"),
+    "What is the weather in Paris and Rome?": ("Two calls.", _CALL % "Paris" + "\n" + _CALL % "Rome"),
+}
+TOOL_RESULT_ANSWER: Final = ("The tool answered.", "It is sunny in Paris, 21 C.")
+
+_TOKEN: Final = re.compile(r"<\|\w+\|>|</?\w+>| ?[^\W_]+|_| ?[^\w\s<]+|<|\s")
+_FIXED_IDS: Final = {"<|endoftext|>": 0, "<|im_start|>": 1, END: 2, "\n": 201, "<think>": 649, "</think>": 650}
+_OTHER_TOKENS: Final = re.findall(r" \w+", " the of and to in a is it was for on as with at by this from or an be not")
+
+
+def _continuation(prompt: str) -> str:
+    """Return what the model writes after `prompt`: it sees this text alone, as a real one does, on either endpoint."""
+    if not prompt.endswith(TURN):
+        return PROMPT_ANSWERS.get(prompt) or f" You said: {' '.join(prompt.split()[-20:])}"
+    said = prompt.rpartition("<|im_start|>user\n")[2].partition(END)[0]
+    answers = CHAT_ANSWERS | TOOL_ANSWERS if "# Tools" in prompt else CHAT_ANSWERS
+    thought, words = answers.get(said) or ("I repeat.", f"You said: {' '.join(said.split()[-20:])}")
+    if said.startswith("<tool_response>"):
+        thought, words = TOOL_RESULT_ANSWER
+    return f"<think>\n{thought}\n</think>\n\n{words}"
+
+
+def _render(body: Mapping[str, Any]) -> str:
+    """Return the conversation as ChatML."""
+    tools = [tool["function"]["name"] for tool in body.get("tools") or []]
+    turns = [("system", "\n".join(["# Tools", *tools]))] if tools else []
+    for message in body["messages"]:
+        role, content = message["role"], message.get("content") or ""
+        text = content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
+        for call in message.get("tool_calls") or []:
+            name, arguments = call["function"]["name"], call["function"]["arguments"]
+            text += f'\n<tool_call>\n{{"name": "{name}", "arguments": {arguments}}}\n</tool_call>'
+        turns.append(("user", f"<tool_response>\n{text}\n</tool_response>") if role == "tool" else (role, text))
+    text = "".join(f"<|im_start|>{role}\n{text}{END}\n" for role, text in turns)
+    return text + (TURN if body.get("add_generation_prompt", True) else "")
+
+
+class _Vocabulary:
+    """Ids of tokens, the same in every run; an id that stands for no token yet reads as `[id]`."""
+
+    def __init__(self) -> None:
+        self._tokens = {number: token for token, number in _FIXED_IDS.items()}
+
+    def id_of(self, token: str) -> int:
+        number = _FIXED_IDS.get(token, 1000 + zlib.crc32(token.encode()) % 150_000)
+        while self._tokens.setdefault(number, token) != token:
+            number += 1
+        return number
+
+    def ids(self, text: str) -> list[int]:
+        return [self.id_of(token) for token in _TOKEN.findall(text)]
+
+    def tokens(self, ids: Sequence[int]) -> list[str]:
+        return [self._tokens.get(number, f"[{number}]") for number in ids]
+
+
+def _ranked(token: str, count: int) -> list[tuple[str, float]]:
+    """Return `token` and the next likely ones with log probabilities: invented, but the same every time."""
+    probability = 0.5 + zlib.crc32(token.encode()) % 500 / 1000
+    others = [other for other in _OTHER_TOKENS if other != token][: max(0, count - 1)]
+    rest = [(other, math.log((1 - probability) / 2**rank)) for rank, other in enumerate(others, 1)]
+    return [(token, math.log(probability)), *rest]
+
+
+# ---- Stand-in: bytes of replies ---------------------------------------------
+
+SSE_HEAD: Final = (
+    b"HTTP/1.1 200 OK\r\nserver: uvicorn\r\ncontent-type: text/event-stream; charset=utf-8\r\n"
+    b"vary: Origin\r\ntransfer-encoding: chunked\r\n\r\n"
+)
+LAST_CHUNK: Final = b"0\r\n\r\n"
+
+
+def _bytes(value: Any) -> bytes:
+    if isinstance(value, (bytes, str)):
+        return value.encode() if isinstance(value, str) else value
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
+
+
+def chunk(event: Any) -> bytes:
+    """Return one chunk of a streamed reply: bytes as they are; a str, or any other value as JSON, as one event."""
+    raw = event if isinstance(event, bytes) else b"data: %b\n\n" % _bytes(event)
+    return b"%x\r\n%b\r\n" % (len(raw), raw)
+
+
+def sse(*events: Any, done: bool = True, end: bool = True) -> bytes:
+    """Return a streamed reply, one `chunk` per event; without `done` no [DONE], without `end` no last chunk."""
+    return SSE_HEAD + b"".join(map(chunk, [*events, *["[DONE]"] * done])) + LAST_CHUNK * end
+
+
+def reply(status: int, body: Any = b"", headers: Mapping[str, str] | None = None) -> bytes:
+    """Return a whole reply: bytes and str as they are, any other body as JSON; `headers` win over the usual ones."""
+    raw = _bytes(body)
+    fields = {"server": "uvicorn", "content-length": str(len(raw)), "vary": "Origin"}
+    if raw:
+        is_text = isinstance(body, (bytes, str))
+        fields["content-type"] = "text/plain; charset=utf-8" if is_text else "application/json"
+    fields |= {name.lower(): value for name, value in (headers or {}).items()}
+    lines = [f"HTTP/1.1 {status} {http.client.responses.get(status, '')}", *(f"{k}: {v}" for k, v in fields.items())]
+    return "\r\n".join([*lines, "", ""]).encode("latin-1") + raw
+
+
+# ---- Stand-in: one connection -----------------------------------------------
+
+
+class ClientGoneError(Exception):
+    """The connection is closed: by the client, or because the server stops."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """A request as it came; `headers` ignore case, `body` is the decoded JSON or None."""
+
+    method: str
+    path: str
+    headers: http.client.HTTPMessage
+    body: Any
+    raw: bytes
+    connection: int  # 1 is the first one opened; equal numbers show a connection used again
+    time_s: float  # time.monotonic() when it was complete
+
+
+class Connection:
+    """The server's end of a connection, as a scripted step gets it; `request` is the one to answer."""
+
+    request: Request
+
+    def __init__(self, sock: socket.socket, number: int, on_abort: Callable[[], None]) -> None:
+        self.closed = False
+        self._sock, self._number, self._on_abort = sock, number, on_abort
+        self._received, self._is_busy = bytearray(), False
+
+    def send(self, raw: bytes) -> None:
+        """Send `raw`; raises ClientGoneError."""
+        try:
+            self._sock.settimeout(None)
+            self._sock.sendall(raw)
+        except OSError as error:
+            raise self._gone() from error
+
+    def pause(self, seconds: float) -> None:
+        """Wait; raises ClientGoneError as soon as the client closes, since vLLM stops generating at that moment."""
+        deadline = time.monotonic() + seconds
+        while self._receive(max(0.0, deadline - time.monotonic())):
+            pass
+
+    def sleep_until_closed(self, timeout_s: float = 10.0) -> bool:
+        """Wait for the client to go, and return whether it did."""
+        with contextlib.suppress(ClientGoneError):
+            self.pause(timeout_s)
+            return False
+        return True
+
+    def close(self) -> None:
+        """Close with a FIN."""
+        self.closed = True
+        self._sock.close()
+
+    def reset(self) -> None:
+        """Close with a RST."""
+        self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.close()
+
+    def shut_down(self) -> None:
+        """Wake the thread that serves this connection; for other threads."""
+        with contextlib.suppress(OSError):
+            socket.socket.shutdown(self._sock, socket.SHUT_RDWR)
+
+    def read_request(self, timeout_s: float) -> bool:
+        """Return whether a request began in time, and keep it in `request`; raises ClientGoneError."""
+        self._is_busy = False
+        while (end := self._received.find(b"\r\n\r\n") + 4) < 4:
+            if not self._receive(timeout_s):
+                return False
+        line, _, fields = bytes(self._received[:end]).partition(b"\r\n")
+        headers = http.client.parse_headers(io.BytesIO(fields))
+        size = end + int(headers.get("Content-Length", 0))
+        while len(self._received) < size:
+            self._receive(timeout_s)
+        raw, self._received = bytes(self._received[end:size]), self._received[size:]
+        body, (method, path, _) = None, line.decode("latin-1").split(" ")
+        with contextlib.suppress(ValueError):
+            body = json.loads(raw)
+        self.request = Request(method, path, headers, body, raw, self._number, time.monotonic())
+        self._is_busy = True
+        return True
+
+    def _receive(self, timeout_s: float) -> bool:
+        """Return whether bytes came in time. By reading, not select(): only a read sees the end of a TLS stream."""
+        try:
+            self._sock.settimeout(timeout_s)
+            raw = self._sock.recv(65536)
+        except (TimeoutError, BlockingIOError, ssl.SSLWantReadError):
+            return False
+        except OSError as error:
+            raise self._gone() from error
+        if not raw:
+            raise self._gone()
+        self._received += raw
+        return True
+
+    def _gone(self) -> ClientGoneError:
+        if self._is_busy and not self.closed:
+            self._on_abort()
+        self.closed = True
+        return ClientGoneError()
+
+
+Step: TypeAlias = bytes | Callable[[Connection], object] | None
+
+
+def drip(raw: bytes, every_s: float) -> Step:
+    """Return a step that sends `raw` byte by byte."""
+
+    def step(connection: Connection) -> None:
+        for byte in raw:
+            connection.send(bytes([byte]))
+            connection.pause(every_s)
+
+    return step
+
+
+def stall(raw: bytes = b"", timeout_s: float = 10.0) -> Step:
+    """Return a step that sends `raw` and then nothing until the client goes."""
+
+    def step(connection: Connection) -> None:
+        connection.send(raw)
+        connection.sleep_until_closed(timeout_s)
+
+    return step
+
+
+# ---- Stand-in: what vLLM refuses --------------------------------------------
+
+
+class _RefusedError(Exception):
+    """A reply other than 200; the arguments are its status and payload."""
+
+
+def _refusal(text: str, param: str, status: int = 400, kind: str = "BadRequestError") -> _RefusedError:
+    return _RefusedError(status, {"error": {"message": text, "type": kind, "param": param, "code": status}})
+
+
+def _bad_value(name: str, value: object, text: str) -> _RefusedError:
+    return _refusal(f"{text} (parameter={name}, value={value})", name)
+
+
+def _bad_body(where: str, kind: str, text: str, size: int, more: str = "") -> _RefusedError:
+    detail = f"{{'type': '{kind}', 'loc': '{where}', 'msg': '{text}', 'input': '<dict of {size} items>'{more}}}"
+    return _refusal(f"1 validation error:\n  {detail}", where, kind="Bad Request")
+
+
+def _checked_body(request: Request, *required: str) -> Mapping[str, Any]:
+    """Return the request's JSON; syntax, fields and model are judged in this order."""
+    try:
+        body: dict[str, Any] = json.loads(request.raw)
+    except json.JSONDecodeError as error:
+        context = f", 'ctx': {{'error': '{error.msg}'}}"
+        raise _bad_body(f"body.{error.pos}", "json_invalid", "JSON decode error", 0, context) from error
+    for name in required:
+        if name not in body:
+            raise _bad_body(f"body.{name}", "missing", "Field required", len(body))
+    if body.get("model") not in (None, "", MODEL):
+        text = f"The model `{body['model']}` does not exist. Valid aliases: {MODEL}."
+        raise _refusal(text, "model", 404, "NotFoundError")
+    return body
+
+
+def _token_limit(body: Mapping[str, Any], default: int, prompt: Sequence[int], is_text: bool) -> int:
+    """Return how many tokens may follow `prompt`; vLLM counts a text no further than one above its limit, ids fully."""
+    name = "max_tokens" if body.get("max_completion_tokens") is None else "max_completion_tokens"
+    wanted: int = default if body.get(name) is None else body[name]
+    if wanted > MAX_MODEL_LEN:
+        text = f"{name}={wanted} cannot be greater than max_model_len={MAX_MODEL_LEN}."
+        raise _bad_value(name, wanted, f"{text} Please request fewer output tokens.")
+    if len(prompt) > MAX_MODEL_LEN:
+        count, floor = (MAX_MODEL_LEN + 1, "at least ") if is_text else (len(prompt), "")
+        start = f"This model's maximum context length is {MAX_MODEL_LEN} tokens. However, your prompt contains {floor}"
+        end = "which exceeds this limit even without any output tokens. Please reduce the length of the input prompt."
+        raise _bad_value("input_tokens", count, f"{start}{count} input tokens, {end}")
+    limit = min(wanted, MAX_MODEL_LEN - len(prompt))
+    if limit < 1 and (not body.get("echo") or "messages" in body):
+        raise _bad_value("max_tokens", limit, f"max_tokens must be at least 1, got {limit}.")
+    return limit
+
+
+# ---- Stand-in: answers in vLLM's shapes -------------------------------------
+
+_FINGERPRINT: Final = "vllm-0.32.0-standin"
+_COMPLETIONS_PATH: Final = "/v1/completions"
+_CHAT_PATH: Final = "/v1/chat/completions"
+
+
+def _pick(names: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return these names in this order, null where `values` has nothing."""
+    return {name: values.get(name) for name in names.split()}
+
+
+@dataclass(frozen=True)
+class _Choice:
+    index: int
+    prompt: Sequence[int]
+    echoed: int
+    tokens: Sequence[str]  # the echoed ones, then the generated ones: the end token, or a stop string, comes last
+    texts: Sequence[str]  # what of each token is text
+    deltas: Sequence[dict[str, Any]]  # what of it the chat endpoint streams
+    finish_reason: str
+    stop_reason: str | None
+
+
+def _chat_message(text: str) -> dict[str, Any]:
+    thought, _, rest = text.removeprefix("<think>").partition("</think>")
+    calls = re.findall(r'<tool_call>\n\{"name": "(\w+)", "arguments": (.*)\}\n</tool_call>', rest)
+    message = _pick("role content refusal annotations audio function_call", {"role": "assistant"})
+    if calls:
+        functions = [{"name": name, "arguments": arguments} for name, arguments in calls]
+        message["tool_calls"] = [_tool_call(function=function) for function in functions]
+    else:
+        message["content"] = rest or None
+    return message | {"reasoning": thought or None}
+
+
+def _chat_deltas(texts: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """Yield the delta of each token, empty for markup, as vLLM's parsers `qwen3` and `hermes` split them."""
+    fields = {"<think>": "reasoning", "</think>": "content", "<tool_call>": "call", "</tool_call>": ""}
+    field, call, index = "content", "", -1
+    for text in texts:
+        if text in fields:
+            field, call, index = fields[text], "", index + (text == "<tool_call>")
+            yield {}
+        elif field == "call":
+            call += text
+            yield _tool_delta(call, text, index)
+        else:
+            yield {field: text} if field and text else {}
+
+
+def _tool_delta(call: str, text: str, index: int) -> dict[str, Any]:
+    """Return the delta for `text`, the end of a tool call that reads `call` so far."""
+    arguments = call.partition('"arguments": ')[2]
+    if named := re.fullmatch(r'\n\{"name": "(\w+)",', call):
+        entry = _tool_call(index=index, function={"name": named[1]})
+    elif arguments and text != "\n":
+        added = arguments if arguments == text.lstrip() else text.replace("}}", "}")
+        entry = {"index": index, "function": {"arguments": added}}
+    else:
+        return {}
+    return {"content": None, "tool_calls": [entry]}
+
+
+def _tool_call(**more: Any) -> dict[str, Any]:
+    return {"id": f"chatcmpl-tool-{uuid.uuid4().hex[:16]}", "type": "function"} | more
+
+
+class _Generation:
+    """The choices a request asks for, in the shapes of its endpoint, whole or streamed."""
+
+    def __init__(self, request: Request, vocabulary: _Vocabulary) -> None:
+        self.is_chat = request.path == _CHAT_PATH
+        self.body = body = _checked_body(request, *["messages"] * self.is_chat)
+        self.vocabulary = vocabulary
+        self.is_stream, self.has_ids = bool(body.get("stream")), bool(body.get("return_token_ids"))
+        self.has_usage = bool((body.get("stream_options") or {}).get("include_usage"))
+        self.has_echo = bool(body.get("echo")) and not self.is_chat and not self.has_ids  # ids replace the echo
+        self.top: int | None = body.get("logprobs")  # on completions False is 0, which switches them on
+        if self.is_chat:
+            self.top = (body.get("top_logprobs") or 0) if self.top else None
+        self.choices = list(self._choices())
+        prefix, kind = ("chatcmpl", "chat.completion") if self.is_chat else ("cmpl", "text_completion")
+        number = request.headers.get("X-Request-Id") or uuid.uuid4().hex[:16]
+        kind += ".chunk" * (self.is_chat and self.is_stream)
+        self.head = {"id": f"{prefix}-{number}", "object": kind, "created": int(time.time()), "model": MODEL}
+
+    def _choices(self) -> Iterator[_Choice]:
+        prompts = _render(self.body) if self.is_chat else self.body.get("prompt")
+        if not prompts:
+            text = "Either prompt or prompt_embeds must be provided and non-empty. (parameter=prompt)"
+            raise _refusal(text, "prompt")
+        if isinstance(prompts, str) or isinstance(prompts[0], int):
+            prompts = [prompts]
+        count, default = self.body.get("n") or 1, MAX_MODEL_LEN if self.is_chat else 16
+        for number, prompt in enumerate(prompts):
+            ids = self.vocabulary.ids(prompt) if isinstance(prompt, str) else prompt
+            limit = _token_limit(self.body, default, ids, isinstance(prompt, str))
+            for index in range(number * count, (number + 1) * count):
+                yield self._choice(index, ids, limit)
+
+    def _choice(self, index: int, prompt: Sequence[int], limit: int) -> _Choice:
+        prompt_tokens = self.vocabulary.tokens(prompt)
+        text, stops = _continuation("".join(prompt_tokens)), self.body.get("stop") or []
+        stop = next((one for one in ([stops] if isinstance(stops, str) else stops) if one in text), None)
+        texts = [*_TOKEN.findall(text.partition(stop)[0] if stop else text), ""]
+        tokens = [*texts[:-1], stop or END]
+        finish_reason = "tool_calls" if self.is_chat and "</tool_call>" in tokens else "stop"
+        if len(tokens) > limit:
+            finish_reason, stop = "length", None
+        echoed = prompt_tokens if self.has_echo else []
+        tokens, texts = [*echoed, *tokens[:limit]], [*echoed, *texts[:limit]]
+        deltas = list(_chat_deltas(texts)) if self.is_chat else []
+        return _Choice(index, prompt, len(echoed), tokens, texts, deltas, finish_reason, stop)
+
+    def check_logprobs(self) -> None:
+        if (self.top or 0) > MAX_LOGPROBS:
+            text = f"Requested sample logprobs of {self.top}, which is greater than max allowed: {MAX_LOGPROBS}"
+            raise _bad_value("logprobs", self.top, text)
+
+    def payload(self) -> dict[str, Any]:
+        """Return the whole reply."""
+        names, more = "index text logprobs finish_reason stop_reason token_ids prompt_logprobs prompt_token_ids", ""
+        if self.is_chat:
+            names = "index message logprobs finish_reason stop_reason token_ids"
+            more = "prompt_logprobs prompt_token_ids prompt_text"
+        choices = [self._part(one, 0, len(one.tokens), f"{names} routed_experts") for one in self.choices]
+        values: dict[str, Any] = {"choices": choices, "system_fingerprint": _FINGERPRINT, "usage": self._usage()}
+        values["prompt_token_ids"] = self.choices[0].prompt if self.has_ids else None
+        names = f"choices service_tier system_fingerprint usage {more} kv_transfer_params ec_transfer_params metrics"
+        return self.head | _pick(names, values)
+
+    def chunks(self) -> Iterator[dict[str, Any]]:
+        """Yield the events of a stream, those of several choices in turn."""
+        for row in itertools.zip_longest(*map(self._chunks, self.choices)):
+            yield from filter(None, row)
+        if self.has_usage:
+            yield self.head | {"choices": [], "usage": self._usage(), "system_fingerprint": _FINGERPRINT}
+
+    def _chunks(self, choice: _Choice) -> Iterator[dict[str, Any]]:
+        names = "index text logprobs finish_reason stop_reason prompt_token_ids token_ids"
+        if self.is_chat:
+            values = {"index": choice.index, "delta": {"role": "assistant", "content": ""}}
+            prompt = {"prompt_token_ids": choice.prompt if self.has_ids else None, "prompt_text": None}
+            yield self.head | {"choices": [_pick("index delta logprobs finish_reason", values)]} | prompt
+        ends = range(min(choice.echoed + 1, len(choice.tokens)), len(choice.tokens) + 1)
+        for start, end in itertools.pairwise([0, *ends]):
+            is_last = end == ends[-1]
+            if self.is_chat:
+                names = f"index delta logprobs finish_reason {'stop_reason' * is_last} token_ids"
+            part = self._part(choice, start, end, names)
+            if is_last or part.get("delta") != {} or part["logprobs"] or part["token_ids"]:
+                mark = {"system_fingerprint": _FINGERPRINT} if is_last and not self.has_usage else {}
+                yield self.head | {"choices": [part]} | mark
+
+    def _part(self, choice: _Choice, start: int, end: int, names: str) -> dict[str, Any]:
+        """Return what tokens `start` to `end` of a choice bring, under `names`."""
+        tokens, text = choice.tokens[start:end], "".join(choice.texts[start:end])
+        values: dict[str, Any] = {"index": choice.index, "text": text}
+        values["logprobs"] = self._logprobs(tokens, len("".join(choice.tokens[:start])))
+        if self.is_chat:
+            values |= {"message": _chat_message(text), "delta": choice.deltas[start]}
+        if self.has_ids:
+            values["token_ids"] = [self.vocabulary.id_of(token) for token in tokens]
+        if start == 0 and (self.has_ids or (self.has_echo and self.is_stream)):
+            values["prompt_token_ids"] = choice.prompt
+        if end == len(choice.tokens):
+            values |= {"finish_reason": choice.finish_reason, "stop_reason": choice.stop_reason}
+        return _pick(names, values)
+
+    def _logprobs(self, tokens: Sequence[str], offset: int) -> dict[str, Any] | None:
+        if self.top is None:
+            return None
+        ranked = [_ranked(token, self.top) for token in tokens]
+        if self.is_chat:
+            rows = [[{"token": t, "logprob": p, "bytes": list(t.encode())} for t, p in row] for row in ranked]
+            return {"content": [row[0] | {"top_logprobs": row[: self.top]} for row in rows]}
+        scores: list[Any] = [row[0][1] for row in ranked]
+        tops: list[Any] = [dict(row) for row in ranked]
+        if self.has_echo and offset == 0:  # nothing comes before the first token of a prompt
+            scores[0] = tops[0] = None
+        offsets = list(itertools.accumulate(map(len, tokens[:-1]), initial=offset))
+        return {"text_offset": offsets, "token_logprobs": scores, "tokens": tokens, "top_logprobs": tops}
+
+    def _usage(self) -> dict[str, Any]:
+        inputs = sum(len(choice.prompt) for choice in self.choices) // (self.body.get("n") or 1)
+        # where no token is wanted vLLM generates one all the same, and counts it
+        outputs = sum(max(1, len(choice.tokens) - choice.echoed) for choice in self.choices)
+        thoughts = sum("reasoning" in delta for choice in self.choices for delta in choice.deltas)
+        cached = {"cached_tokens": 0, "created_cache_tokens": 0 if self.is_chat else None, "multimodal_tokens": None}
+        details = {"reasoning_tokens": thoughts} if self.is_chat else None
+        counts = {"prompt_tokens": inputs, "total_tokens": inputs + outputs, "completion_tokens": outputs}
+        more = {"prompt_tokens_details": self._set_fields(cached), "completion_tokens_details": details}
+        return counts | self._set_fields(more)
+
+    def _set_fields(self, fields: Mapping[str, Any]) -> dict[str, Any]:
+        """Return `fields`, without those that were never set when they go into a stream."""
+        return {name: value for name, value in fields.items() if value is not None or not self.is_stream}
+
+
+# ---- Stand-in: the server ---------------------------------------------------
+
+_GETS: Final = ("/health", "/version", "/metrics", "/v1/models")
+_POSTS: Final = (_COMPLETIONS_PATH, _CHAT_PATH, "/tokenize", "/detokenize")
+
+
+class StandIn:
+    """A vLLM 0.32 server without a model: canned answers in the real one's bytes, and misbehaviour on command.
+
+    >>> with StandIn() as server:  # doctest: +SKIP
+    ...     server.script(reply(503, "busy", {"Retry-After": "1"}), None)
+    ...     VLLMClient(server.url).complete("The capital of France is")  # refused once, answered then
+    """
+
+    def __init__(
+        self, port: int = 0, *, pace: float = 0.0, api_key: str | None = None, tls: tuple[str, str] | None = None
+    ) -> None:
+        self.pace = pace  # seconds from chunk to chunk, or from token to token of a reply that is not streamed
+        self.keep_alive_s = 5.0  # then an idle connection is closed
+        self.requests: list[Request] = []
+        self.aborted: queue.Queue[float] = queue.Queue()  # time.monotonic() of each client that left before its reply
+        self.running = 0
+        self._api_key, self._vocabulary = api_key, _Vocabulary()
+        self._tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER) if tls else None
+        if self._tls and tls:
+            self._tls.load_cert_chain(*tls)
+        self._listener = socket.create_server(("127.0.0.1", port), backlog=128)
+        self.url = f"{'https' if tls else 'http'}://127.0.0.1:{self._listener.getsockname()[1]}"
+        self._steps: list[tuple[str, Step]] = []
+        self._threads: dict[Connection, threading.Thread] = {}
+        self._lock, self._is_closing = threading.Lock(), False
+        self._acceptor = threading.Thread(target=self._accept, daemon=True)
+
+    def __enter__(self) -> Self:
+        self._acceptor.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close every connection and end every thread; one that is busy in a step is given up after a second."""
+        if self._is_closing:
+            return
+        self._is_closing = True
+        with socket.socket() as waker:  # accept() wakes for a client and nothing else
+            waker.connect(self._listener.getsockname())
+        self._acceptor.join()
+        self._listener.close()
+        with self._lock:
+            threads = dict(self._threads)
+        for connection in threads:
+            connection.shut_down()
+        for thread in threads.values():
+            thread.join(1.0)
+
+    def script(self, *steps: Step, path: str = "") -> None:
+        """Take one step for each of the next requests, or of those whose path ends in `path`, in place of its answer.
+
+        A step is bytes to send, a function of the Connection, or None for the usual answer. Afterwards the connection
+        takes the next request unless the step has closed it.
+        """
+        with self._lock:
+            self._steps += [(path, step) for step in steps]
+
+    def answer(self, connection: Connection) -> None:
+        """Answer the connection's request as vLLM does; a step may call this."""
+        request = connection.request
+        try:
+            is_allowed = self._api_key is None or request.headers.get("Authorization") == f"Bearer {self._api_key}"
+            if request.path.startswith("/v1") and not is_allowed:
+                raise _RefusedError(401, {"error": "Unauthorized"})
+            if request.path not in _GETS + _POSTS:
+                raise _RefusedError(404, {"detail": "Not Found"})
+            if request.method != ("GET" if request.path in _GETS else "POST"):
+                raise _RefusedError(405, {"detail": "Method Not Allowed"})
+            if request.path in (_COMPLETIONS_PATH, _CHAT_PATH):
+                self._generate(connection)
+            else:
+                connection.send(reply(200, self._payload(request)))
+        except _RefusedError as refusal:
+            connection.send(reply(*refusal.args))
+
+    def _generate(self, connection: Connection) -> None:
+        generation = _Generation(connection.request, self._vocabulary)
+        if not generation.is_stream:
+            generation.check_logprobs()
+            for _ in max((choice.tokens for choice in generation.choices), key=len):
+                connection.pause(self.pace)
+            connection.send(reply(200, generation.payload()))
+            return
+        connection.send(SSE_HEAD)
+        try:
+            generation.check_logprobs()  # a stream's are looked at only now, too late for another status
+            for event in generation.chunks():
+                connection.send(chunk(event))
+                connection.pause(self.pace)
+        except _RefusedError as refusal:
+            connection.send(chunk(json.dumps(refusal.args[1])))
+        connection.send(chunk("[DONE]") + LAST_CHUNK)
+
+    def _payload(self, request: Request) -> Any:
+        """Return what the endpoints say that generate nothing."""
+        match request.path:
+            case "/version":
+                return {"version": "0.32.0"}
+            case "/metrics":
+                return f'vllm:num_requests_running{{engine="0",model_name="{MODEL}"}} {self.running:.1f}\n'
+            case "/v1/models":
+                return {"object": "list", "data": [_model_card()]}
+            case "/tokenize":
+                body = _checked_body(request)
+                ids = self._vocabulary.ids(_render(body) if "messages" in body else body["prompt"])
+                texts = [token.replace(" ", "Ġ").replace("\n", "Ċ") for token in self._vocabulary.tokens(ids)]
+                more = {"token_strs": texts if body.get("return_token_strs") else None}
+                return {"count": len(ids), "max_model_len": MAX_MODEL_LEN, "tokens": ids} | more
+            case "/detokenize":
+                return {"prompt": "".join(self._vocabulary.tokens(_checked_body(request, "tokens")["tokens"]))}
+        return b""
+
+    def _accept(self) -> None:
+        for number in itertools.count(1):
+            sock, _ = self._listener.accept()
+            if self._is_closing:
+                sock.close()
+                return
+            with contextlib.suppress(OSError):  # the client may have left already
+                self._open(sock, number)
+
+    def _open(self, sock: socket.socket, number: int) -> None:
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if self._tls:  # the first read makes the handshake, in the connection's own thread
+            sock = self._tls.wrap_socket(sock, server_side=True, do_handshake_on_connect=False)
+        connection = Connection(sock, number, self._note_abort)
+        thread = threading.Thread(target=self._serve, args=(connection,), daemon=True)
+        with self._lock:
+            self._threads[connection] = thread
+        thread.start()
+
+    def _note_abort(self) -> None:
+        if not self._is_closing:
+            self.aborted.put(time.monotonic())
+
+    def _serve(self, connection: Connection) -> None:
+        try:
+            while not connection.closed and connection.read_request(self.keep_alive_s):
+                self._take_step(connection)
+        except ClientGoneError:
+            pass
+        finally:
+            connection.close()
+            with self._lock:
+                del self._threads[connection]
+
+    def _take_step(self, connection: Connection) -> None:
+        request = connection.request
+        is_run = request.path in (_COMPLETIONS_PATH, _CHAT_PATH)
+        with self._lock:
+            self.requests.append(request)
+            number = next((n for n, (path, _) in enumerate(self._steps) if request.path.endswith(path)), None)
+            step = None if number is None else self._steps.pop(number)[1]
+            self.running += is_run
+        try:
+            if isinstance(step, bytes):
+                connection.send(step)
+            else:
+                (step or self.answer)(connection)
+        finally:
+            with self._lock:
+                self.running -= is_run
+
+
+def _model_card() -> dict[str, Any]:
+    created = int(time.time())
+    card = {"id": MODEL, "object": "model", "created": created, "owned_by": "vllm", "root": f"tiny/{MODEL}"}
+    may = {"create_engine": 0, "sampling": 1, "logprobs": 1, "search_indices": 0, "view": 1, "fine_tuning": 0}
+    permission = {"id": f"modelperm-{uuid.uuid4().hex[:16]}", "object": "model_permission", "created": created}
+    permission |= {f"allow_{name}": bool(value) for name, value in may.items()}
+    permission |= {"organization": "*", "group": None, "is_blocking": False}
+    return card | {"parent": None, "max_model_len": MAX_MODEL_LEN, "permission": [permission]}
+
+
+# ---- Stand-in: the demo -----------------------------------------------------
+
+DEMO: Final = (
+    ("complete", "The capital of France is", "--logprobs", "2"),
+    ("chat", "What is 2+2?"),
+    ("models",),
+    ("health",),
+)
+
+
+def demo(argv: Sequence[str] | None = None) -> int:
+    """Run the command line against the stand-in, or keep the stand-in up for other clients; return the exit code."""
+    from vllm_provider import main
+
+    parser = argparse.ArgumentParser(description=demo.__doc__)
+    parser.add_argument("--serve", type=int, metavar="PORT", help="keep the stand-in up until Ctrl-C")
+    port = parser.parse_args(argv).serve
+    with StandIn(port or 0, pace=0.02) as server:
+        print(f"A stand-in for vLLM is up at {server.url}: no model is behind it, its answers are canned.")
+        if port is not None:
+            print(f'Try: vllm-provider --base-url {server.url} chat "What is 2+2?"   (Ctrl-C ends it)', flush=True)
+            with contextlib.suppress(KeyboardInterrupt):
+                threading.Event().wait()
+            return 0
+        codes = []
+        for command in DEMO:
+            print(f"\n$ vllm-provider --base-url {server.url} {shlex.join(command)}", flush=True)
+            codes.append(main(["--base-url", server.url, *command]))
+            sys.stdout.flush()
+        return max(codes)
+
+
+# SPDX-License-Identifier: MIT
+
+
+WEB: Final = "http://vllm.test"
+COMPLETIONS_URL: Final = f"{WEB}/v1/completions"
+CHAT_URL: Final = f"{WEB}/v1/chat/completions"
+MODELS_URL: Final = f"{WEB}/v1/models"
+TOKENIZE_URL: Final = f"{WEB}/tokenize"
+SECRET: Final = "hunter2-XYZ"
+DONE: Final = "data: [DONE]\n\n"
+
+
+@pytest.fixture(autouse=True)
+def clean_environment(monkeypatch):
+    """Keep the machine's own server out of every test."""
+    for name in (
+        "VLLM_BASE_URL",
+        "VLLM_API_KEY",
+        "http_proxy",
+        "HTTP_PROXY",
+        "https_proxy",
+        "HTTPS_PROXY",
+        "all_proxy",
+    ):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def web():
+    """A web that answers what it is told to and nothing else."""
+    with responses.RequestsMock(assert_all_requests_are_fired=False) as mock:
+        yield mock
+
+
+def web_client(**settings):
+    return VLLMClient(WEB, **{"default_model": "parrot", "max_retries": 0, **settings})
+
+
+def sent_bodies(web, url=None):
+    return [json.loads(call.request.body) for call in web.calls if url is None or call.request.url == url]
+
+
+def changed(value, **fields):
+    """Return a value with other fields, be it a dataclass or a named tuple."""
+    return value._replace(**fields) if isinstance(value, tuple) else dataclasses.replace(value, **fields)
+
+
+def caught(function, *args, **options) -> VLLMError:
+    """Return the error of this module that a call raises."""
+    with pytest.raises(VLLMError) as info:
+        function(*args, **options)
+    return info.value
+
+
+def told(error: BaseException) -> str:
+    """Return everything a user may see of an exception: its traceback, and what its causes hold."""
+    text, chain = "".join(traceback.format_exception(error)), error
+    while chain is not None:
+        text += f"{chain!r} {chain.args!r} {getattr(chain, '__dict__', {})!r}"
+        chain = chain.__cause__ or chain.__context__
+    return text
+
+
+# ---- Module identity --------------------------------------------------------
+
+ERROR_TREE: Final = {
+    "VLLMError": ("Exception",),
+    "ConfigurationError": ("VLLMError", "ValueError"),
+    "NetworkError": ("VLLMError",),
+    "LLMTimeoutError": ("VLLMError",),
+    "StreamError": ("VLLMError",),
+    "AbortError": ("VLLMError",),
+    "InvalidToolCallError": ("VLLMError",),
+    "ProtocolError": ("VLLMError",),
+    "StatusError": ("VLLMError",),
+    "AuthenticationError": ("StatusError",),
+    "AccessDeniedError": ("AuthenticationError",),
+    "NotFoundError": ("StatusError",),
+    "InvalidRequestError": ("StatusError",),
+    "ContextLengthError": ("StatusError",),
+    "RateLimitError": ("StatusError",),
+    "ProviderUnavailableError": ("StatusError",),
+}
+RETRYABLE: Final = {"NetworkError", "LLMTimeoutError", "StreamError", "RateLimitError", "ProviderUnavailableError"}
+PUBLIC: Final = {
+    *ERROR_TREE,
+    *("VLLMConfig", "VLLMClient", "Stream", "Completion", "Choice", "TokenLogprob", "Delta", "ToolCall", "Usage"),
+    *("ModelCard", "VLLMProvider", "mount", "on_session_ready", "request_options", "main"),
+    *("build_completion_request", "build_chat_request", "parse_completion_response", "parse_chat_response"),
+}
+
+
+def module_source():
+    return pathlib.Path(vllm_provider.__file__).read_text(encoding="utf-8")
+
+
+def test_all_is_the_public_interface_sorted():
+    assert vllm_provider.__all__ == sorted(PUBLIC)
+
+
+def test_a_class_or_function_is_public_or_starts_with_an_underscore():
+    names = {node.name for node in ast.parse(module_source()).body if hasattr(node, "name")}
+    assert {name for name in names if not name.startswith("_")} == PUBLIC
+
+
+def test_version_is_a_literal_that_packaging_reads_without_importing():
+    (version,) = re.findall(r'^__version__ = "(\d+\.\d+\.\d+)"$', module_source(), re.MULTILINE)
+    assert vllm_provider.__version__ == version
+
+
+def test_importing_it_imports_nothing_that_few_need():
+    code = "import sys, vllm_provider; print(*{'amplifier_core', 'asyncio', 'argparse'} & set(sys.modules))"
+    place = pathlib.Path(vllm_provider.__file__).parent
+    run = subprocess.run([sys.executable, "-c", code], cwd=place, capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == ""
+
+
+@pytest.mark.parametrize("name", sorted(PUBLIC))
+def test_every_public_name_and_method_has_a_docstring(name):
+    thing = getattr(vllm_provider, name)
+    members = {f"{name}.{key}": value for key, value in vars(thing).items()} if inspect.isclass(thing) else {}
+    shown = {key: value for key, value in members.items() if not key.rpartition(".")[2].startswith("_")}
+    methods = {
+        key: value.__func__ if isinstance(value, classmethod | staticmethod) else value
+        for key, value in shown.items()
+        if isinstance(value, classmethod | staticmethod | property) or inspect.isfunction(value)
+    }
+    bare = [key for key, value in {name: thing, **methods}.items() if not (value.__doc__ or "").strip()]
+    generated = [key for key in [name] if (thing.__doc__ or "").startswith(f"{name}(")]  # what dataclass puts there
+    assert bare + generated == []
+
+
+# ---- Errors -----------------------------------------------------------------
+
+
+def error_classes():
+    return [getattr(vllm_provider, name) for name in ERROR_TREE]
+
+
+def test_error_tree_is_the_one_drawn():
+    found = {
+        name: tuple(base.__name__ for base in thing.__bases__)
+        for name, thing in vars(vllm_provider).items()
+        if inspect.isclass(thing) and issubclass(thing, Exception) and thing.__module__ == "vllm_provider"
+    }
+    assert found == ERROR_TREE
+
+
+@pytest.mark.parametrize("kind", error_classes())
+def test_no_error_is_an_os_error(kind):
+    assert not issubclass(kind, OSError)  # Amplifier's application swallows those
+
+
+@pytest.mark.parametrize("kind", error_classes())
+def test_an_error_has_every_attribute_without_being_told(kind):
+    error = kind("words")
+    assert (str(error), error.status_code, error.retry_after, error.request_id, error.partial) == ("words", *[None] * 4)
+    assert error.retryable is (kind.__name__ in RETRYABLE)
+
+
+def pickle_copy(value):
+    return pickle.loads(pickle.dumps(value))
+
+
+@pytest.mark.parametrize("how", [pickle_copy, copy.copy])
+@pytest.mark.parametrize("kind", error_classes())
+def test_an_error_is_pickled_with_all_its_attributes(kind, how):
+    partial = Completion("c-1", choices=(Choice(text="a", logprobs=(TokenLogprob("a", -math.inf),)),))
+    options = {"status_code": 418, "retryable": True, "retry_after": 1.5, "request_id": "id", "partial": partial}
+    error = kind("words", **options)
+    error.limit, error.input_tokens, error.server_message = 2048, 2510, "no"
+    error.tool_name, error.raw_arguments = "get_weather", '{"ci'
+    twin = how(error)
+    assert (type(twin), str(twin), twin.args, vars(twin)) == (kind, "words", ("words",), vars(error))
+    assert twin.partial == partial
+
+
+def test_a_context_length_error_from_a_server_is_pickled_whole(web):
+    web.post(COMPLETIONS_URL, status=400, json=error_032(OVERFLOW_032))
+    error = caught(web_client().complete, "hello " * 9)
+    twin = pickle_copy(error)
+    assert (twin.limit, twin.input_tokens, twin.server_message) == (2048, 2049, OVERFLOW_032)
+    assert (vars(twin), str(twin)) == (vars(error), str(error))
+
+
+# ---- Configuration ----------------------------------------------------------
+
+# key, default, given as a string, what that becomes, a bad value, what is said of it
+SETTINGS: Final = [
+    ("default_model", None, "parrot", "parrot", 7, "must be a string, got 7"),
+    ("use_completions", True, "false", False, "maybe", "must be true or false, got 'maybe'"),
+    ("prompt_format", "auto", "raw", "raw", "harmony", "must be auto, chat_template or raw, got 'harmony'"),
+    ("max_tokens", None, "0", 0, "-1", "must be a whole number of at least 0, got '-1'"),
+    ("temperature", None, "0", 0.0, "hot", "must be a number, got 'hot'"),
+    ("top_p", None, "0.5", 0.5, [], "must be a number, got []"),
+    ("seed", None, "-1", -1, "1.5", "must be a whole number, got '1.5'"),
+    ("stop", None, "\n\n", "\n\n", [1], "must be a string or a list of strings, got [1]"),
+    ("logprobs", None, "2", 2, "many", "must be a whole number, true or false, got 'many'"),
+    ("reasoning_effort", None, "low", "low", 1, "must be a string, got 1"),
+    ("timeout", 300.0, "60", 60.0, "soon", "must be a positive number of seconds, got 'soon'"),
+    ("stream_idle_timeout", 300.0, "0.5", 0.5, 0, "must be a positive number of seconds, got 0"),
+    ("connect_timeout", 10.0, "inf", math.inf, "nan", "must be a positive number of seconds, got 'nan'"),
+    ("max_retries", 3, "0", 0, 1.5, "must be a whole number of at least 0, got 1.5"),
+    ("max_retry_delay", 30.0, "1e1", 10.0, -1, "must be a positive number of seconds, got -1"),
+    ("max_concurrency", 64, "128", 128, 0, "must be a whole number of at least 1, got 0"),
+    (
+        "verify",
+        True,
+        "false",
+        False,
+        "/no/such.pem",
+        "must be true, false or the path of a CA bundle that exists, got ",
+    ),
+    ("context_window", None, "32768", 32768, "32k", "must be a whole number of at least 1, got '32k'"),
+    ("max_output_tokens", None, "1", 1, 0, "must be a whole number of at least 1, got 0"),
+    ("use_streaming", True, "off", False, 2, "must be true or false, got 2"),
+    ("priority", 100, "5", 5, "first", "must be a whole number, got 'first'"),
+    ("debug", False, "true", True, "verbose", "must be true or false, got 'verbose'"),
+    ("raw_debug", False, "Yes", True, "", None),
+    ("debug_truncate_length", 180, "40", 40, 0, "must be a whole number of at least 1, got 0"),
+    ("raw", False, "1", True, None, None),
+    # mappings and the key have tables of their own
+    ("api_key", "EMPTY", "sk-1", "sk-1", None, None),
+    ("extra_body", {}, None, {}, "top_k=1", "must be a mapping, got a str"),
+    ("default_headers", {}, None, {}, "X: 1", None),
+]
+
+
+def test_every_setting_has_a_row():
+    names = [spec.name for spec in dataclasses.fields(VLLMConfig)]
+    assert names == ["base_url", *sorted((row[0] for row in SETTINGS), key=names.index)]
+    assert len(names) == 1 + len(SETTINGS)
+
+
+@pytest.mark.parametrize(("key", "default"), [pytest.param(*row[:2], id=row[0]) for row in SETTINGS])
+@pytest.mark.parametrize("value", [None, "", "${NAME}"])
+def test_setting_not_given(key, default, value):
+    assert getattr(VLLMConfig(WEB, **{key: value}), key) == default == getattr(VLLMConfig(WEB), key)
+
+
+@pytest.mark.parametrize(("key", "text", "value"), [pytest.param(r[0], *r[2:4], id=r[0]) for r in SETTINGS])
+def test_setting_given_as_a_string(key, text, value):
+    found = getattr(VLLMConfig(WEB, **{key: text}), key)
+    assert (found, type(found)) == (value, type(value))
+
+
+@pytest.mark.parametrize(("key", "bad", "words"), [pytest.param(r[0], *r[4:], id=r[0]) for r in SETTINGS if r[5]])
+def test_bad_setting(key, bad, words):
+    error = caught(VLLMConfig, WEB, **{key: bad})
+    assert type(error) is ConfigurationError
+    assert str(error) == f"{key} {words}" + (repr(bad) if words.endswith("got ") else "")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "kept"),
+    [
+        pytest.param("timeout", 60, 60.0, id="a-whole-number-of-seconds"),
+        pytest.param("timeout", math.inf, math.inf, id="no-limit"),
+        pytest.param("timeout", " 60 ", 60.0, id="blanks-around-a-number"),
+        pytest.param("max_tokens", 100.0, 100, id="a-whole-float"),
+        pytest.param("max_tokens", "100.0", 100, id="a-whole-float-as-text"),
+        pytest.param("seed", "9007199254740993", 9007199254740993, id="a-number-no-float-holds"),
+        pytest.param("seed", 2**63 - 1, 2**63 - 1, id="the-largest-seed"),
+        pytest.param("use_completions", 0, False, id="zero-is-false"),
+        pytest.param("use_completions", " TRUE ", True, id="any-case-and-blanks"),
+        pytest.param("use_streaming", "no", False, id="yaml-no"),
+        pytest.param("raw", "on", True, id="yaml-on"),
+        pytest.param("stop", ("a", "b"), ["a", "b"], id="several-stops"),
+        pytest.param("stop", iter(["a"]), ["a"], id="an-iterator-is-read-once"),
+        pytest.param("stop", " ", " ", id="a-blank-can-stop"),
+        pytest.param("logprobs", True, True, id="true-stays-true"),
+        pytest.param("logprobs", "true", True, id="true-as-text"),
+        pytest.param("logprobs", "True", True, id="true-in-any-case-like-every-other-flag"),
+        pytest.param("logprobs", False, False, id="false-stays-false"),
+        pytest.param("logprobs", 0, 0, id="the-sampled-token-alone"),
+        pytest.param("logprobs", -1, -1, id="the-whole-vocabulary"),
+        pytest.param("temperature", 0, 0.0, id="zero-is-given"),
+        pytest.param("verify", 0, False, id="verify-as-a-number"),
+        pytest.param("verify", "TRUE", True, id="verify-in-any-case"),
+        pytest.param("verify", __file__, __file__, id="a-bundle"),
+        pytest.param("verify", pathlib.Path(__file__), __file__, id="a-bundle-as-a-path"),
+        pytest.param("default_headers", {"X-Team": 7, "X-B": " b "}, {"X-Team": "7", "X-B": "b"}, id="header-values"),
+        pytest.param("api_key", "EMPTY", "EMPTY", id="the-key-vllm-documents-for-none"),
+    ],
+)
+def test_good_setting(key, value, kept):
+    found = getattr(VLLMConfig(WEB, **{key: value}), key)
+    assert (found, type(found)) == (kept, type(kept))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        pytest.param("timeout", True, "a positive number of seconds", id="true-is-no-number"),
+        pytest.param("timeout", -math.inf, "a positive number of seconds", id="minus-infinity"),
+        pytest.param("max_tokens", 10**400, "a whole number of at least 0", id="too-large-for-a-float"),
+        pytest.param("max_tokens", True, "a whole number of at least 0", id="true-is-no-count"),
+        pytest.param("temperature", math.nan, "a number", id="nan-is-not-json"),
+        pytest.param("temperature", math.inf, "a number", id="infinity-is-not-json"),
+        pytest.param("temperature", -math.inf, "a number", id="nor-is-minus-infinity"),
+        pytest.param("temperature", "-inf", "a number", id="nor-as-text"),
+        pytest.param("top_p", 1j, "a number", id="complex"),
+        pytest.param("seed", "inf", "a whole number", id="infinity-is-not-whole"),
+        pytest.param("priority", None.__class__, "a whole number", id="a-class"),
+        pytest.param("stop", b"END", "a string or a list of strings", id="bytes"),
+        pytest.param("stop", ["a", None], "a string or a list of strings", id="none-among-the-stops"),
+        pytest.param("use_completions", [], "true or false", id="a-list-is-no-flag"),
+        pytest.param(
+            "verify", "maybe", "true, false or the path of a CA bundle that exists", id="neither-flag-nor-file"
+        ),
+    ],
+)
+def test_worse_setting(key, value, words):
+    assert str(caught(VLLMConfig, WEB, **{key: value})) == f"{key} must be {words}, got {value!r}"
+
+
+def test_stream_idle_timeout_is_timeout_unless_given():
+    assert VLLMConfig(WEB, timeout=7).stream_idle_timeout == 7.0
+    assert VLLMConfig(WEB, timeout=7, stream_idle_timeout=9).stream_idle_timeout == 9.0
+
+
+def test_changing_the_timeout_of_a_configuration_takes_the_idle_timeout_along():
+    client = VLLMClient(VLLMConfig(WEB), timeout=7)
+    assert (client.config.timeout, client.config.stream_idle_timeout) == (7.0, 7.0)
+
+
+@pytest.mark.parametrize(
+    ("given", "environment", "found"),
+    [
+        pytest.param({}, {"VLLM_BASE_URL": f"{WEB}/v1"}, (WEB, "EMPTY"), id="base-url-from-the-environment"),
+        pytest.param({"base_url": ""}, {"VLLM_BASE_URL": WEB}, (WEB, "EMPTY"), id="empty-is-not-given"),
+        pytest.param({"base_url": "${VLLM_URL}"}, {"VLLM_BASE_URL": WEB}, (WEB, "EMPTY"), id="unexpanded-is-not-given"),
+        pytest.param({"base_url": WEB}, {"VLLM_BASE_URL": "http://other"}, (WEB, "EMPTY"), id="explicit-url-wins"),
+        pytest.param({"base_url": WEB}, {"VLLM_API_KEY": "k"}, (WEB, "k"), id="key-from-the-environment"),
+        pytest.param({"base_url": WEB, "api_key": "a"}, {"VLLM_API_KEY": "k"}, (WEB, "a"), id="explicit-key-wins"),
+        pytest.param({"base_url": WEB, "api_key": "EMPTY"}, {"VLLM_API_KEY": "k"}, (WEB, "EMPTY"), id="so-does-EMPTY"),
+        pytest.param({"base_url": WEB, "api_key": ""}, {"VLLM_API_KEY": "k"}, (WEB, "k"), id="empty-key-is-not-given"),
+        pytest.param(
+            {"base_url": WEB, "api_key": "${K}"}, {"VLLM_API_KEY": "k"}, (WEB, "k"), id="nor-an-unexpanded-one"
+        ),
+        pytest.param({"base_url": WEB}, {"VLLM_API_KEY": ""}, (WEB, "EMPTY"), id="an-empty-variable-is-none"),
+        pytest.param({"base_url": WEB}, {"VLLM_API_KEY": "${K}"}, (WEB, "EMPTY"), id="an-unexpanded-variable-is-none"),
+        pytest.param({"base_url": WEB}, {"VLLM_TIMEOUT": "1"}, (WEB, "EMPTY"), id="no-other-variable-counts"),
+    ],
+)
+def test_environment(monkeypatch, given, environment, found):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    config = VLLMConfig(**given)
+    assert (config.base_url, config.api_key, config.timeout) == (*found, 300.0)
+
+
+@pytest.mark.parametrize("value", [None, "", "${VLLM_BASE_URL}"])
+def test_base_url_is_required(value):
+    error = caught(VLLMConfig, value)
+    assert isinstance(error, ValueError)
+    assert str(error) == "No base_url found: set it or VLLM_BASE_URL, like http://localhost:8000"
+
+
+def test_bad_base_url_in_the_environment(monkeypatch):
+    monkeypatch.setenv("VLLM_BASE_URL", "localhost:8000")
+    words = "base_url must be a URL like http://localhost:8000, without query or fragment, got 'localhost:8000'"
+    assert str(caught(VLLMConfig)) == words
+
+
+@pytest.mark.parametrize(
+    ("url", "root"),
+    [
+        pytest.param("http://localhost:8000", "http://localhost:8000", id="plain"),
+        pytest.param("http://localhost:8000/", "http://localhost:8000", id="slash"),
+        pytest.param("http://localhost:8000/v1", "http://localhost:8000", id="v1"),
+        pytest.param("http://localhost:8000/v1/", "http://localhost:8000", id="v1-slash"),
+        pytest.param("http://localhost:8000//v1//", "http://localhost:8000", id="slashes"),
+        pytest.param("https://gpu.example", "https://gpu.example", id="default-port"),
+        pytest.param("https://gpu.example/openai/v1/", "https://gpu.example/openai", id="prefix"),
+        pytest.param("https://gpu.example/v1/models/llama", "https://gpu.example/v1/models/llama", id="v1-inside"),
+        pytest.param("https://gpu.example/myv1", "https://gpu.example/myv1", id="a-name-that-ends-in-v1"),
+        pytest.param("http://[::1]:8000/v1", "http://[::1]:8000", id="ipv6"),
+        pytest.param("  http://localhost:8000 \n", "http://localhost:8000", id="blanks-around"),
+        pytest.param("HTTPS://gpu.example", "https://gpu.example", id="scheme-in-capitals-is-the-same-scheme"),
+    ],
+)
+def test_good_base_url(url, root):
+    assert VLLMConfig(url).base_url == root
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        pytest.param("localhost:8000", id="no-scheme"),
+        pytest.param("ftp://localhost", id="other-scheme"),
+        pytest.param("http://", id="no-host"),
+        pytest.param("http:///v1", id="path-only"),
+        pytest.param("http://:8000", id="port-only"),
+        pytest.param("http://localhost:0", id="port-zero"),
+        pytest.param("http://localhost:99999", id="port-too-large"),
+        pytest.param("http://localhost:port", id="port-in-words"),
+        pytest.param("http://[::1", id="half-a-bracket"),
+        pytest.param("http://local host", id="blank-inside"),
+        pytest.param("http://localhost\n/v1", id="line-break-inside"),
+        pytest.param("http://localhost/?", id="empty-query"),
+        pytest.param("http://localhost/#top", id="fragment"),
+        pytest.param("   ", id="only-blanks"),
+    ],
+)
+def test_bad_base_url(url):
+    shown = re.split("[?#]", url)[0]  # what follows may be a key
+    words = f"base_url must be a URL like http://localhost:8000, without query or fragment, got {shown!r}"
+    assert str(caught(VLLMConfig, url)) == words
+
+
+def test_base_url_that_is_no_string():
+    assert str(caught(VLLMConfig, 8000)) == "base_url must be a string, got 8000"
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        pytest.param({"base_url": f"http://user:{SECRET}@localhost"}, id="password-in-the-url"),
+        pytest.param({"base_url": f"http://user:{SECRET}@[::1"}, id="password-in-a-broken-url"),
+        pytest.param({"base_url": f"{SECRET}@localhost:8000"}, id="password-without-a-scheme"),
+        pytest.param({"base_url": f"http://localhost/?api_key={SECRET}"}, id="key-in-a-query"),
+        pytest.param({"api_key": f"{SECRET}\n"}, id="key-read-with-its-line-break"),
+        pytest.param({"api_key": f"“{SECRET}”"}, id="key-in-typographic-quotes"),
+        pytest.param({"api_key": [SECRET]}, id="key-in-a-list"),
+        pytest.param({"default_headers": {"X-Key": f"{SECRET}\r\nX: 1"}}, id="line-break-in-a-header"),
+        pytest.param({"default_headers": {"X-Key": f"{SECRET}é"}}, id="letter-no-header-can-hold"),
+        pytest.param({"default_headers": f"X-Key: {SECRET}"}, id="headers-as-text"),
+        pytest.param({"default_headers": [("X-Key", SECRET)]}, id="headers-as-pairs"),
+        pytest.param({"default_headers": {"X Key": SECRET}}, id="bad-header-name"),
+        pytest.param({"api_key": SECRET, "timeout": "soon"}, id="another-key-is-wrong"),
+        pytest.param({"api_key": SECRET, 5: "five"}, id="a-key-that-is-no-string"),
+        pytest.param([("api_key", SECRET)], id="pairs-in-place-of-the-mapping"),
+        pytest.param({"default_headers": {"X-Key": SECRET}, None: 1}, id="none-as-a-key"),
+    ],
+)
+def test_no_error_tells_a_secret(settings):
+    mapping = {"base_url": WEB, **settings} if isinstance(settings, dict) else settings
+    error = caught(VLLMConfig.from_mapping, mapping)
+    assert type(error) is ConfigurationError
+    assert SECRET not in told(error)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        pytest.param(
+            "base_url",
+            f"http://user:{SECRET}@localhost",
+            "base_url must not hold a user name or password; a key goes under api_key",
+            id="user-info",
+        ),
+        pytest.param(
+            "api_key",
+            "sk-1\n",
+            "api_key must be printable ASCII; is a line break or a typographic character in it?",
+            id="key",
+        ),
+        pytest.param(
+            "default_headers",
+            {"X-Key": "“1”"},
+            "default_headers['X-Key'] must be printable ASCII; is a line break or a typographic character in it?",
+            id="header-value",
+        ),
+        pytest.param(
+            "default_headers",
+            {"X: Key": "1"},
+            "default_headers must have HTTP header names as keys, got 'X: Key'",
+            id="header-name",
+        ),
+        pytest.param(
+            "default_headers",
+            {7: "1"},
+            "default_headers must have strings as keys, got 7",
+            id="header-number",
+        ),
+        pytest.param(
+            "default_headers", {"": "1"}, "default_headers must have HTTP header names as keys, got ''", id="no-name"
+        ),
+        pytest.param(
+            "default_headers",
+            ["X"],
+            "default_headers must be a mapping, got a list",
+            id="headers-as-list",
+        ),
+        pytest.param("extra_body", {1: SECRET}, "extra_body must have strings as keys, got 1", id="a-number-as-key"),
+        pytest.param("extra_body", [("a", SECRET)], "extra_body must be a mapping, got a list", id="pairs"),
+    ],
+)
+def test_words_about_a_secret_setting(key, value, words):
+    assert str(caught(VLLMConfig, **{"base_url": WEB, key: value})) == words
+
+
+def test_repr_shows_what_differs_from_the_defaults_and_no_secret():
+    config = VLLMConfig(
+        f"{WEB}/v1", api_key=SECRET, temperature=0, default_headers={"X-Key": SECRET}, timeout=5, use_completions=False
+    )
+    assert repr(config) == (
+        "VLLMConfig(base_url='http://vllm.test', use_completions=False, api_key='***', temperature=0.0, timeout=5.0,"
+        " default_headers={'X-Key': '***'})"
+    )
+    assert repr(VLLMConfig(WEB)) == "VLLMConfig(base_url='http://vllm.test')"
+    assert SECRET not in f"{config} {VLLMClient(config)!r} {[config]}"
+
+
+def test_a_configuration_is_frozen_comparable_and_pickled():
+    config = VLLMConfig(WEB, api_key=SECRET, extra_body={"top_k": 1}, stop=["a"], timeout="5", default_headers={"X": 1})
+    assert pickle.loads(pickle.dumps(config)) == config == copy.deepcopy(config)
+    assert pickle.loads(pickle.dumps(config)).api_key == SECRET
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.timeout = 3
+    with pytest.raises(TypeError):
+        VLLMConfig(WEB, "parrot")  # every other setting has a name
+
+
+def test_a_configuration_neither_changes_nor_follows_what_it_was_made_of():
+    extra, stop, headers = {"top_k": 1}, ["a"], {"X": "1"}
+    config = VLLMConfig(WEB, extra_body=extra, stop=stop, default_headers=headers)
+    extra["top_k"], headers["X"] = 2, "2"
+    stop.append("b")
+    assert (config.extra_body, config.stop, config.default_headers) == ({"top_k": 1}, ["a"], {"X": "1"})
+
+
+def test_configurations_do_not_share_a_default():
+    first, second = VLLMConfig(WEB), VLLMConfig(WEB)
+    assert first.extra_body is not second.extra_body
+    assert first.default_headers is not second.default_headers
+
+
+@pytest.mark.parametrize(
+    ("key", "suggestion"),
+    [
+        pytest.param("timeot", "; did you mean 'timeout'?", id="misspelled"),
+        pytest.param("model", "; did you mean 'default_model'?", id="part-of-a-name"),
+        pytest.param("url", "; did you mean 'base_url'?", id="the-end-of-a-name"),
+        pytest.param("max_token", "; did you mean 'max_tokens'?", id="singular"),
+        pytest.param("headers", "; did you mean 'default_headers'?", id="shorter"),
+        pytest.param("connect_time_out", "; did you mean 'connect_timeout'?", id="written-apart"),
+        pytest.param("zzzz", "", id="like-nothing"),
+        *(
+            pytest.param(name, "; it is a parameter of vLLM's: put it under extra_body", id=f"vllm-{name}")
+            for name in (
+                "top_k min_p repetition_penalty presence_penalty frequency_penalty stop_token_ids bad_words ignore_eos"
+                " min_tokens skip_special_tokens logit_bias allowed_token_ids prompt_logprobs return_token_ids n echo"
+                " response_format structured_outputs chat_template_kwargs tool_choice vllm_xargs cache_salt user"
+                " thinking_token_budget repetition_detection logprob_token_ids session_id kv_transfer_params"
+                " watermarking return_prompt_text media_io_kwargs prompt_embeds"
+            ).split()
+        ),
+    ],
+)
+def test_unknown_setting_is_one_warning(caplog, key, suggestion):
+    config = VLLMConfig.from_mapping({"base_url": WEB, key: SECRET})
+    assert config == VLLMConfig(WEB)
+    assert caplog.record_tuples == [
+        ("vllm_provider", logging.WARNING, f"unknown setting {key!r} is ignored{suggestion}")
+    ]
+
+
+def test_each_unknown_setting_is_a_warning_of_its_own(caplog):
+    VLLMConfig.from_mapping({"top_k": 1, "timeot": 2, "base_url": WEB, "timeout": "9"})
+    assert [record.args[0] for record in caplog.records] == ["top_k", "timeot"]
+
+
+def test_from_mapping_takes_every_key_and_leaves_the_mapping_alone(caplog):
+    mapping = {"base_url": WEB} | {key: text for key, _, text, *_ in SETTINGS if text is not None}
+    before = dict(mapping)
+    config = VLLMConfig.from_mapping(mapping)
+    assert {key: getattr(config, key) for key, _, text, *_ in SETTINGS if text is not None} == {
+        key: value for key, _, text, value, *_ in SETTINGS if text is not None
+    }
+    assert (mapping, caplog.records) == (before, [])
+
+
+def test_extra_request_params_is_another_name_for_extra_body(caplog):
+    config = VLLMConfig.from_mapping({"base_url": WEB, "extra_request_params": {"top_k": 1}})
+    assert (config.extra_body, caplog.records) == ({"top_k": 1}, [])
+
+
+def test_a_setting_that_does_not_exist_is_a_type_error_in_python():
+    with pytest.raises(TypeError):
+        VLLMConfig(WEB, timeot=3)
+
+
+def test_neither_log_nor_error_of_a_call_tells_a_secret(web, caplog):
+    caplog.set_level(logging.DEBUG)
+    web.post(COMPLETIONS_URL, status=401, json={"error": "Unauthorized"})
+    client = web_client(api_key=SECRET, default_headers={"X-Key": f"{SECRET}2"})
+    error = caught(client.complete, "Once")
+    headers = web.calls[0].request.headers
+    assert (headers["Authorization"], headers["X-Key"]) == (f"Bearer {SECRET}", f"{SECRET}2")
+    assert SECRET not in told(error) + caplog.text
+
+
+@pytest.mark.parametrize("key", [None, "", "EMPTY"])
+def test_no_key_is_no_header(web, key):
+    web.post(COMPLETIONS_URL, json={"choices": [{"text": "a"}]})
+    web_client(api_key=key).complete("Once")
+    assert "Authorization" not in web.calls[0].request.headers
+
+
+# ---- Requests ---------------------------------------------------------------
+
+COMPLETION_BODY: Final = {"model": "m", "prompt": "Once", "max_tokens": 1024}
+CHAT_BODY: Final = {"model": "m", "messages": [{"role": "user", "content": "Once"}]}
+BUILDERS: Final = [
+    pytest.param(build_completion_request, COMPLETION_BODY, id="completions"),
+    pytest.param(build_chat_request, CHAT_BODY, id="chat"),
+]
+
+
+def model_config(**settings):
+    return VLLMConfig(WEB, **{"default_model": "m", **settings})
+
+
+@pytest.mark.parametrize(("build", "body"), BUILDERS)
+@pytest.mark.parametrize(
+    ("settings", "params", "added"),
+    [
+        pytest.param({}, {}, {}, id="nothing-is-invented"),
+        pytest.param(
+            {}, {"temperature": 0, "seed": 0, "top_p": 0.0}, {"temperature": 0, "seed": 0, "top_p": 0.0}, id="0"
+        ),
+        pytest.param({}, {"echo": False, "ignore_eos": True}, {"echo": False, "ignore_eos": True}, id="false-is-sent"),
+        pytest.param({}, {"stop": "", "suffix": ""}, {"stop": "", "suffix": ""}, id="an-empty-string-is-sent"),
+        pytest.param({}, {"stop": [], "tools": []}, {"stop": [], "tools": []}, id="an-empty-list-is-sent"),
+        pytest.param({}, {"temperature": None, "n": None, "top_k": None}, {}, id="none-is-not-given"),
+        pytest.param({}, {"stream": None}, {}, id="not-even-for-stream"),
+        pytest.param({}, {"response_format": {"a": None}}, {"response_format": {"a": None}}, id="none-inside-is-kept"),
+        pytest.param({}, {"top_k": 3, "min_p": 0.1, "new": [1]}, {"top_k": 3, "min_p": 0.1, "new": [1]}, id="as-given"),
+        pytest.param({}, {"n": "2", "temperature": -5}, {"n": "2", "temperature": -5}, id="the-server-judges"),
+        pytest.param({}, {"logit_bias": {7: -1.5}}, {"logit_bias": {7: -1.5}}, id="json-makes-keys-of-numbers"),
+        pytest.param({}, {"model": "other"}, {"model": "other"}, id="another-model"),
+        pytest.param({}, {"model": None}, {}, id="none-leaves-the-configured-model"),
+        pytest.param({}, {"max_tokens": 5}, {"max_tokens": 5}, id="max-tokens"),
+        pytest.param({}, {"max_tokens": 0}, {"max_tokens": 0}, id="max-tokens-0"),
+        pytest.param({"max_tokens": 7}, {}, {"max_tokens": 7}, id="configured-max-tokens"),
+        pytest.param({"max_tokens": 0}, {}, {"max_tokens": 0}, id="configured-max-tokens-0"),
+        pytest.param({"max_tokens": 7}, {"max_tokens": None}, {"max_tokens": 7}, id="none-leaves-what-is-configured"),
+        pytest.param({}, {"stream_options": {"x": 1}}, {"stream_options": {"x": 1}}, id="without-a-stream-as-given"),
+        pytest.param(
+            {"temperature": 0, "top_p": 0.5, "seed": 1, "stop": ["a"], "reasoning_effort": "low"},
+            {},
+            {"temperature": 0.0, "top_p": 0.5, "seed": 1, "stop": ["a"], "reasoning_effort": "low"},
+            id="settings-are-sent",
+        ),
+        pytest.param(
+            {"temperature": 1, "seed": 1}, {"temperature": 0}, {"temperature": 0, "seed": 1}, id="a-call-wins"
+        ),
+        pytest.param(
+            {"priority": 5, "use_completions": False, "raw": True}, {}, {}, id="our-own-settings-are-not-sent"
+        ),
+        pytest.param({}, {"priority": 5}, {"priority": 5}, id="vllms-priority"),
+        pytest.param({"extra_body": {"top_k": 1}}, {}, {"top_k": 1}, id="extra-body"),
+        pytest.param({"extra_body": {"top_k": 1}}, {"top_k": 2}, {"top_k": 1}, id="extra-body-is-merged-last"),
+        pytest.param({"extra_body": {"temperature": 0}, "temperature": 1}, {}, {"temperature": 0}, id="over-settings"),
+        pytest.param({"extra_body": {"model": "other"}}, {}, {"model": "other"}, id="over-the-model"),
+        pytest.param({}, {"extra_body": {"top_k": 2}, "top_k": 3}, {"top_k": 2}, id="a-calls-own-extra-body"),
+        pytest.param(
+            {"extra_body": {"top_k": 1, "n": 2}},
+            {"extra_body": {"top_k": 2}},
+            {"top_k": 2, "n": 2},
+            id="a-calls-over-the-configured-one",
+        ),
+        pytest.param({}, {"extra_body": None}, {}, id="no-extra-body"),
+        pytest.param({}, {"extra_body": {}}, {}, id="empty-extra-body"),
+        pytest.param({}, {"timeout": 5, "stream_idle_timeout": 6, "deadline": 7}, {}, id="limits-belong-to-the-call"),
+        pytest.param({}, {"user": "Zoë 🌸\u2028\x00"}, {"user": "Zoë 🌸\u2028\x00"}, id="any-text-that-is-unicode"),
+    ],
+)
+def test_request_body(build, body, settings, params, added):
+    built = build(model_config(**settings), "Once", **params)
+    assert built == body | added
+    assert json.loads(json.dumps(built, allow_nan=False)).keys() == built.keys()
+
+
+@pytest.mark.parametrize(
+    ("settings", "params", "completions", "chat"),
+    [
+        pytest.param({}, {}, {}, {}, id="not-given"),
+        pytest.param({}, {"logprobs": 2}, {"logprobs": 2}, {"logprobs": True, "top_logprobs": 2}, id="n"),
+        pytest.param({}, {"logprobs": 0}, {"logprobs": 0}, {"logprobs": True, "top_logprobs": 0}, id="0"),
+        pytest.param({}, {"logprobs": 1}, {"logprobs": 1}, {"logprobs": True, "top_logprobs": 1}, id="1"),
+        pytest.param({}, {"logprobs": -1}, {"logprobs": -1}, {"logprobs": True, "top_logprobs": -1}, id="-1-passes"),
+        pytest.param({}, {"logprobs": True}, {"logprobs": 1}, {"logprobs": True}, id="true"),
+        pytest.param({}, {"logprobs": False}, {}, {}, id="false-would-switch-completions-on"),
+        pytest.param({}, {"logprobs": None}, {}, {}, id="none"),
+        pytest.param(
+            {},
+            {"logprobs": True, "top_logprobs": 3},
+            {"logprobs": 1, "top_logprobs": 3},
+            {"logprobs": True, "top_logprobs": 3},
+            id="as-chat-spells-it",
+        ),
+        pytest.param({"logprobs": 2}, {}, {"logprobs": 2}, {"logprobs": True, "top_logprobs": 2}, id="configured"),
+        pytest.param({"logprobs": "true"}, {}, {"logprobs": 1}, {"logprobs": True}, id="configured-true"),
+        pytest.param({"logprobs": False}, {}, {}, {}, id="configured-false"),
+        pytest.param({"logprobs": 2}, {"logprobs": False}, {}, {}, id="switched-off-for-one-call"),
+        pytest.param(
+            {"logprobs": 2}, {"logprobs": 0}, {"logprobs": 0}, {"logprobs": True, "top_logprobs": 0}, id="0-wins"
+        ),
+        pytest.param(
+            {"extra_body": {"logprobs": 4}}, {}, {"logprobs": 4}, {"logprobs": True, "top_logprobs": 4}, id="extra-body"
+        ),
+    ],
+)
+def test_logprobs_mean_the_same_on_both_endpoints(settings, params, completions, chat):
+    config = model_config(**settings)
+    built = build_completion_request(config, "Once", **params)
+    assert (built, [type(built.get("logprobs"))]) == (
+        COMPLETION_BODY | completions,
+        [type(completions.get("logprobs"))],
+    )
+    built = build_chat_request(config, "Once", **params)
+    assert (built, [type(built.get("logprobs"))]) == (CHAT_BODY | chat, [type(chat.get("logprobs"))])
+
+
+@pytest.mark.parametrize(
+    "prompt", ["", "Once", ["a", "b"], [1, 2, 3], [[1, 2], [3]], [], pytest.param(None, id="none-for-prompt-embeds")]
+)
+def test_a_prompt_is_sent_as_typed(prompt):
+    built = build_completion_request(VLLMConfig(WEB), prompt)
+    assert built == {"max_tokens": 1024} | ({} if prompt is None else {"prompt": prompt})
+
+
+@pytest.mark.parametrize(
+    ("messages", "sent"),
+    [
+        pytest.param("Hi", [{"role": "user", "content": "Hi"}], id="one-str-is-a-user-message"),
+        pytest.param("", [{"role": "user", "content": ""}], id="an-empty-one-too"),
+        pytest.param([], [], id="none-at-all"),
+        pytest.param([{"role": "tool", "x": [1]}], [{"role": "tool", "x": [1]}], id="as-given"),
+        pytest.param(({"role": "user"},), [{"role": "user"}], id="a-tuple"),
+    ],
+)
+def test_messages(messages, sent):
+    assert build_chat_request(VLLMConfig(WEB), messages) == {"messages": sent}
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [
+        pytest.param(None, id="none"),
+        pytest.param({"role": "user", "content": "Hi"}, id="one-dict"),
+        pytest.param(["Hi"], id="strings"),
+        pytest.param([[{"role": "user", "content": "Hi"}]], id="a-batch"),
+        pytest.param([{"role": "user"}, None], id="none-among-them"),
+        pytest.param(b"Hi", id="bytes"),
+        pytest.param(7, id="a-number"),
+        pytest.param([1, 2], id="token-ids"),
+    ],
+)
+def test_messages_that_are_none(messages):
+    error = caught(build_chat_request, VLLMConfig(WEB), messages)
+    assert type(error) is ConfigurationError
+    assert str(error) == "messages must be a string or a list of dicts like {'role': 'user', 'content': '…'}"
+
+
+LOOP: Final[list[Any]] = []
+LOOP.append(LOOP)
+
+
+@pytest.mark.parametrize(("build", "body"), BUILDERS)
+@pytest.mark.parametrize(
+    ("settings", "params", "words"),
+    [
+        *(
+            pytest.param(
+                settings, params, "stream is not a parameter here; stream_complete() and stream_chat() stream", id=i
+            )
+            for i, settings, params in (
+                ("stream", {}, {"stream": True}),
+                ("stream-false", {}, {"stream": False}),
+                ("stream-in-extra-body", {}, {"extra_body": {"stream": True}}),
+                ("stream-in-the-configuration", {"extra_body": {"stream": True}}, {}),
+            )
+        ),
+        pytest.param({}, {"extra_body": "top_k=1"}, "extra_body must be a mapping, got a str", id="text"),
+        pytest.param({}, {"extra_body": {1: 2}}, "extra_body must have strings as keys, got 1", id="key"),
+        pytest.param({}, {"temperature": math.nan}, "the request is not JSON: Out of range float values", id="nan"),
+        pytest.param({}, {"temperature": math.inf}, "the request is not JSON: Out of range float values", id="inf"),
+        pytest.param(
+            {}, {"logit_bias": {"1": -math.inf}}, "the request is not JSON: Out of range float", id="inf-inside"
+        ),
+        pytest.param(
+            {"extra_body": {"x": math.nan}}, {}, "the request is not JSON: Out of range float", id="nan-config"
+        ),
+        pytest.param({}, {"user": "\ud83c"}, "the request holds a lone surrogate, which UTF-8 has no", id="surrogate"),
+        pytest.param({}, {"x": {"\udfff": 1}}, "the request holds a lone surrogate, which UTF-8 has no", id="in-a-key"),
+        pytest.param({}, {"x": b"raw"}, "the request is not JSON: Object of type bytes is not JSON", id="bytes"),
+        pytest.param({}, {"x": {1, 2}}, "the request is not JSON: Object of type set is not JSON", id="set"),
+        pytest.param({}, {"x": object()}, "the request is not JSON: Object of type object is not JSON", id="object"),
+        pytest.param(
+            {}, {"x": {(1, 2): 3}}, "the request is not JSON: keys must be str, int, float,", id="tuple-as-key"
+        ),
+        pytest.param({}, {"x": LOOP}, "the request is not JSON: Circular reference detected", id="circle"),
+    ],
+)
+def test_what_is_not_json_is_not_sent(web, build, body, settings, params, words):
+    error = caught(build, model_config(**settings), "Once", **params)
+    assert type(error) is ConfigurationError
+    assert str(error).startswith(words)
+    client = web_client(**settings)
+    call = client.complete if build is build_completion_request else client.chat
+    assert str(caught(call, "Once", **params)).startswith(words)
+    assert len(web.calls) == 0
+
+
+@pytest.mark.parametrize("text", ["\ud83c", f"{SECRET}\ud800"])
+@pytest.mark.parametrize(("build", "body"), BUILDERS)
+def test_an_error_never_quotes_a_prompt(build, body, text):
+    assert text not in str(error := caught(build, VLLMConfig(WEB), text))
+    assert SECRET not in "".join(traceback.format_exception(error))
+
+
+@pytest.mark.parametrize("build", [build_completion_request, build_chat_request])
+def test_arguments_are_never_changed(build):
+    config = model_config(extra_body={"a": {"b": [1]}}, stop=["x"], logprobs=2)
+    source = [{"role": "user", "content": [{"type": "text", "text": "Hi"}]}] if build is build_chat_request else ["a"]
+    params = {"stop": ["y"], "extra_body": {"c": {"d": 1}}, "stream_options": {"e": 1}, "logprobs": True}
+    before = copy.deepcopy((config, source, params))
+    body = build(config, source, **params)
+    body["stop"] = body["new"] = None
+    body["prompt" if "prompt" in body else "messages"] += source
+    assert (config, source if build is build_chat_request else ["a"], params) == before
+
+
+@pytest.mark.parametrize("method", ["stream_complete", "stream_chat"])
+@pytest.mark.parametrize(
+    ("params", "options"),
+    [
+        pytest.param({}, {"include_usage": True}, id="usage-is-asked-for"),
+        pytest.param({"stream_options": {"include_usage": False}}, {"include_usage": False}, id="unless-refused"),
+        pytest.param(
+            {"stream_options": {"continuous_usage_stats": True}},
+            {"include_usage": True, "continuous_usage_stats": True},
+            id="more-is-merged-over-it",
+        ),
+        pytest.param({"extra_body": {"stream_options": {"a": 1}}}, {"include_usage": True, "a": 1}, id="in-extra-body"),
+    ],
+)
+def test_a_stream_asks_for_its_usage(web, method, params, options):
+    web.post(re.compile(".*"), body=DONE, content_type="text/event-stream")
+    given = copy.deepcopy(params)
+    with pytest.raises(StreamError):  # it says nothing
+        list(getattr(web_client(), method)("Once", **params))
+    (body,) = sent_bodies(web)
+    assert (body["stream"], body["stream_options"]) == (True, options)
+    assert params == given
+
+
+@pytest.mark.parametrize("method", ["stream_complete", "stream_chat"])
+@pytest.mark.parametrize("options", ["usage", 5, [1], True])
+def test_stream_options_that_nothing_can_be_merged_into(web, method, options):
+    error = caught(lambda: list(getattr(web_client(), method)("Once", stream_options=options)))
+    assert (type(error), len(web.calls)) == (ConfigurationError, 0)
+
+
+@pytest.mark.parametrize("method", ["complete", "chat", "stream_complete", "stream_chat"])
+def test_limits_of_a_call_are_not_sent(web, method):
+    web.post(re.compile(".*"), json={"choices": [{"text": "a"}]})
+    call = getattr(web_client(), method)("Once", timeout=5, stream_idle_timeout=6, deadline=7)
+    assert isinstance(call, Completion) or [delta.text for delta in call] == ["a"]
+    assert not {"timeout", "stream_idle_timeout", "deadline"} & sent_bodies(web)[0].keys()
+
+
+@pytest.mark.parametrize("name", ["timeout", "stream_idle_timeout", "deadline"])
+@pytest.mark.parametrize("value", [0, -1, "soon", math.nan, True])
+def test_bad_limit_of_a_call(web, name, value):
+    error = caught(lambda: list(web_client().stream_chat("Once", **{name: value})))
+    assert (type(error), str(error)) == (
+        ConfigurationError,
+        f"{name} must be a positive number of seconds, got {value!r}",
+    )
+
+
+def test_text_goes_out_as_utf8(web):
+    web.post(CHAT_URL, json={"choices": [{"message": {"content": "a"}}]})
+    web_client().chat("こんにちは 🌸\u2028")
+    assert "こんにちは 🌸\u2028".encode() in web.calls[0].request.body
+    assert web.calls[0].request.headers["Content-Type"] == "application/json"
+
+
+# ---- Replies: captures ------------------------------------------------------
+
+PARIS: Final = '{"city": "Paris"}'
+ROME: Final = '{"city": "Rome"}'
+WEATHER_CUT: Final = '\n\n<tool_call>\n{"name": "get_weather", "'
+COUNT_TO_6: Final = " there was a small model that could count: 1 2 3 4 5 6"
+HARMONY_HELLO: Final = (
+    "<|channel|>analysis<|message|>Two plus two equals four.<|end|><|start|>assistant"
+    "<|channel|>final<|message|>2 + 2 = 4"
+)
+HARMONY_CALL_TEXT: Final = (
+    "<|channel|>analysis<|message|>I need the tool.<|end|><|start|>assistant"
+    '<|channel|>commentary to=functions.get_weather <|constrain|>json<|message|>{"city":"Paris"}'
+)
+
+
+def payload_of(version, choices, usage, **fields):
+    """Return a whole reply as `version` sends it, its nulls included; `choices` as dicts without theirs."""
+    is_chat = "message" in choices[0]
+    nulls = {"service_tier": None, "system_fingerprint": None, "kv_transfer_params": None}
+    prompt = {"prompt_logprobs": None, "prompt_token_ids": None}
+    usual = {"index": 0, "logprobs": None, "finish_reason": "stop", "stop_reason": None, "token_ids": None}
+    message = {"role": "assistant", "content": None, "refusal": None, "annotations": None, "audio": None}
+    message |= {"function_call": None, "tool_calls": []}
+    if version == "0.32.0":
+        nulls |= {"system_fingerprint": "vllm-0.32.0-359db4ba", "ec_transfer_params": None, "metrics": None}
+        usual |= {"routed_experts": None}
+        del message["tool_calls"]
+    choices = [usual | (prompt if not is_chat else {}) | choice for choice in choices]
+    choices = [one | ({"message": message | one["message"]} if is_chat else {}) for one in choices]
+    counts = {"prompt_tokens": usage[0], "total_tokens": sum(usage[:2]), "completion_tokens": usage[1]}
+    counts["prompt_tokens_details"] = None
+    if len(usage) > 2:
+        counts["prompt_tokens_details"] = {"cached_tokens": usage[2], "created_cache_tokens": 0}
+        counts["completion_tokens_details"] = None if usage[3] is None else {"reasoning_tokens": usage[3]}
+    head = {"id": "chatcmpl-1ba7" if is_chat else "cmpl-4be1", "created": 1795330566, "model": "parrot"}
+    head["object"] = "chat.completion" if is_chat else "text_completion"
+    return {**head, "choices": choices, **nulls, **(prompt if is_chat else {}), "usage": counts, **fields}
+
+
+def usage_of(prompt, output, cached=None, reasoning=None):
+    return Usage(prompt, output, prompt + output, cached, reasoning)
+
+
+def token(text, logprob, top=(), raw=False, **more):
+    return TokenLogprob(text, logprob, text.encode() if raw else None, top=tuple(top), **more)
+
+
+def entry(text, logprob, *top):
+    return {"token": text, "logprob": logprob, "bytes": list(text.encode()), "top_logprobs": [entry2(*t) for t in top]}
+
+
+def entry2(text, logprob):
+    return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+
+
+def wire_call(call_id, arguments):
+    return {"id": call_id, "type": "function", "function": {"name": "get_weather", "arguments": arguments}}
+
+
+def weather(call_id, arguments):
+    return ToolCall(call_id, "get_weather", arguments)
+
+
+ECHOED: Final = {
+    "text_offset": [0, 3, 11, 14, 21, 24, 30, 31],
+    "token_logprobs": [None, -8.606485366821289, -14.0050048828125, -0.00027, -0.00026, -0.00031, -0.00018, -0.00019],
+    "tokens": ["The", " capital", " of", " France", " is", " Paris", ".", "<|im_end|>"],
+    "top_logprobs": [
+        None,
+        {" capital": -8.606485366821289, " is": -0.4424225389957428},
+        {" of": -14.0050048828125, " France": -0.0010991015005856752},
+        {" France": -0.00027},
+        {" is": -0.00026},
+        {" Paris": -0.00031},
+        {".": -0.00018},
+        {"<|im_end|>": -0.00019},
+    ],
+}
+ECHOED_PROMPT: Final = [
+    None,
+    {
+        "643": {"logprob": -8.606485366821289, "rank": 195, "decoded_token": " capital"},
+        "298": {"logprob": -0.4424225389957428, "rank": 1, "decoded_token": " is"},
+    },
+    {
+        "590": {"logprob": -14.0050048828125, "rank": 425, "decoded_token": " of"},
+        "637": {"logprob": -0.0010991015005856752, "rank": 1, "decoded_token": " France"},
+    },
+    {"637": {"logprob": -0.00027, "rank": 1, "decoded_token": " France"}},
+    {"298": {"logprob": -0.00026, "rank": 1, "decoded_token": " is"}},
+]
+ECHOED_TOKENS: Final = (
+    token("The", None),
+    token(
+        " capital",
+        -8.606485366821289,
+        [token(" is", -0.4424225389957428), token(" capital", -8.606485366821289)],
+    ),
+    token(" of", -14.0050048828125, [token(" France", -0.0010991015005856752), token(" of", -14.0050048828125)]),
+    *(
+        token(text, logprob, [token(text, logprob)])
+        for text, logprob in zip(ECHOED["tokens"][3:], ECHOED["token_logprobs"][3:], strict=True)
+    ),
+)
+
+
+def ranked(text, logprob, token_id, rank, *top):
+    return TokenLogprob(text, logprob, None, token_id, rank, top)
+
+
+CAPITAL: Final = ranked(" capital", -8.606485366821289, 643, 195)
+IS: Final = ranked(" is", -0.4424225389957428, 298, 1)
+OF: Final = ranked(" of", -14.0050048828125, 590, 425)
+FRANCE: Final = ranked(" France", -0.0010991015005856752, 637, 1)
+ECHOED_PROMPT_TOKENS: Final = (
+    None,
+    changed(CAPITAL, top=(IS, CAPITAL)),
+    changed(OF, top=(FRANCE, OF)),
+    ranked(" France", -0.00027, 637, 1, ranked(" France", -0.00027, 637, 1)),
+    ranked(" is", -0.00026, 298, 1, ranked(" is", -0.00026, 298, 1)),
+)
+TWO_ALTERNATIVES: Final = {
+    "text_offset": [0, 6, 7],
+    "token_logprobs": [-0.0003195490571670234, -0.00018618757894728333, -0.0001971527235582471],
+    "tokens": [" Paris", ".", "<|im_end|>"],
+    "top_logprobs": [
+        {" Paris": -0.0003195490571670234, " 3": -11.719069480895996},
+        {".": -0.00018618757894728333, "<|im_end|>": -11.7814359664917},
+        {"<|im_end|>": -0.0001971527235582471, ".": -11.531447410583496},
+    ],
+}
+TWO_ALTERNATIVES_TOKENS: Final = tuple(
+    token(text, logprob, [token(other, value) for other, value in top.items()])
+    for text, logprob, top in zip(
+        TWO_ALTERNATIVES["tokens"], TWO_ALTERNATIVES["token_logprobs"], TWO_ALTERNATIVES["top_logprobs"], strict=True
+    )
+)
+CHAT_LOGPROBS: Final = {
+    "content": [
+        entry("<think>", -0.00021050144277978688, ("<think>", -0.00021050144277978688), ("<tool_call>", -11.95)),
+        entry("世", -0.00019608005823101848, ("世", -0.00019608005823101848), (".", -11.67207145690918)),
+    ]
+}
+CHAT_LOGPROBS_TOKENS: Final = (
+    token(
+        "<think>",
+        -0.00021050144277978688,
+        [token("<think>", -0.00021050144277978688, raw=True), token("<tool_call>", -11.95, raw=True)],
+        raw=True,
+    ),
+    token(
+        "世",
+        -0.00019608005823101848,
+        [token("世", -0.00019608005823101848, raw=True), token(".", -11.67207145690918, raw=True)],
+        raw=True,
+    ),
+)
+
+# the version, its choices, its usage; what they become
+COMPLETION_CAPTURES: Final = [
+    pytest.param("0.11.0", [{"text": " Paris."}], (5, 3), [Choice(text=" Paris.", finish_reason="stop")], id="0.11"),
+    pytest.param(
+        "0.32.0", [{"text": " Paris."}], (5, 3, 0, None), [Choice(text=" Paris.", finish_reason="stop")], id="0.32"
+    ),
+    pytest.param(
+        "0.11.0",
+        [{"text": COUNT_TO_6, "stop_reason": " 7"}],
+        (4, 16),
+        [Choice(text=COUNT_TO_6, finish_reason="stop", stop_reason=" 7")],
+        id="0.11-a-stop-string-matched",
+    ),
+    pytest.param(
+        "0.32.0",
+        [{"text": " Paris.", "stop_reason": 199999}],
+        (5, 3, None, None),
+        [Choice(text=" Paris.", finish_reason="stop", stop_reason=199999)],
+        id="gpt-oss-a-stop-token-matched",
+    ),
+    pytest.param(
+        "0.32.0",
+        [{"text": HARMONY_CALL_TEXT, "stop_reason": 200012}],
+        (123, 29, None, None),
+        [Choice(text=HARMONY_CALL_TEXT, finish_reason="stop", stop_reason=200012)],
+        id="gpt-oss-markup-is-text-in-a-prompt-as-typed",
+    ),
+    pytest.param(
+        "0.11.0",
+        [{"index": index, "text": text} for index, text in enumerate((" Paris.", " Paris.", " 4", " 4"))],
+        (11, 10),
+        [Choice(index, text, finish_reason="stop") for index, text in enumerate((" Paris.", " Paris.", " 4", " 4"))],
+        id="0.11-two-prompts-two-answers-each",
+    ),
+    pytest.param(
+        "0.32.0",
+        [{"index": index, "text": text} for index, text in ((3, " 4"), (1, " Paris."), (0, " Paris"), (2, " four"))],
+        (11, 10, 0, None),
+        [Choice(i, t, finish_reason="stop") for i, t in enumerate((" Paris", " Paris.", " four", " 4"))],
+        id="0.32-choices-are-put-in-order",
+    ),
+    pytest.param(
+        "0.11.0",
+        [{"text": " Paris.", "logprobs": TWO_ALTERNATIVES}],
+        (5, 3),
+        [Choice(text=" Paris.", logprobs=TWO_ALTERNATIVES_TOKENS, finish_reason="stop")],
+        id="0.11-logprobs",
+    ),
+    pytest.param(
+        "0.32.0",
+        [{"text": "The capital of France is Paris.", "logprobs": ECHOED, "prompt_logprobs": ECHOED_PROMPT}],
+        (5, 3, 0, None),
+        [
+            Choice(
+                text="The capital of France is Paris.",
+                logprobs=ECHOED_TOKENS,
+                finish_reason="stop",
+                prompt_logprobs=ECHOED_PROMPT_TOKENS,
+            )
+        ],
+        id="0.32-echo-with-the-prompts-logprobs",
+    ),
+    pytest.param(
+        "0.32.0",
+        [
+            {
+                "text": " Paris.",
+                "logprobs": TWO_ALTERNATIVES,
+                "token_ids": [639, 13, 2],
+                "prompt_token_ids": [366, 643],
+                "prompt_logprobs": ECHOED_PROMPT[:2],
+            }
+        ],
+        (2, 3, 0, None),
+        [
+            Choice(
+                text=" Paris.",
+                logprobs=tuple(
+                    changed(one, token_id=i) for one, i in zip(TWO_ALTERNATIVES_TOKENS, (639, 13, 2), strict=True)
+                ),
+                token_ids=(639, 13, 2),
+                finish_reason="stop",
+                prompt_logprobs=ECHOED_PROMPT_TOKENS[:2],
+                prompt_token_ids=(366, 643),
+            )
+        ],
+        id="0.32-token-ids-name-the-tokens",
+    ),
+]
+CHAT_CAPTURES: Final = [
+    pytest.param(
+        "0.11.0",
+        [{"message": {"content": "\n\n2 + 2 = 4", "reasoning_content": "\nTwo plus two equals four.\n"}}],
+        (14, 18),
+        [Choice(text="\n\n2 + 2 = 4", reasoning="\nTwo plus two equals four.\n", finish_reason="stop")],
+        id="0.11-reasoning-content",
+    ),
+    pytest.param(
+        "0.32.0",
+        [{"message": {"content": "\n\n2 + 2 = 4", "reasoning": "\nTwo plus two equals four.\n"}}],
+        (14, 18, 0, 8),
+        [Choice(text="\n\n2 + 2 = 4", reasoning="\nTwo plus two equals four.\n", finish_reason="stop")],
+        id="0.32-reasoning",
+    ),
+    pytest.param(
+        "0.11.0",
+        [{"message": {"content": "4", "reasoning": "Sum.", "reasoning_content": "Sum."}}],
+        (14, 18),
+        [Choice(text="4", reasoning="Sum.", finish_reason="stop")],
+        id="0.12-to-0.15-both-names-hold-the-same",
+    ),
+    pytest.param(
+        "0.11.0",
+        [
+            {
+                "message": {
+                    "content": "\n\n",
+                    "reasoning_content": "\nTwo calls.\n",
+                    "tool_calls": [wire_call("chatcmpl-tool-74d5", PARIS), wire_call("chatcmpl-tool-8945", ROME)],
+                },
+                "finish_reason": "tool_calls",
+            }
+        ],
+        (30, 53),
+        [
+            Choice(
+                text="\n\n",
+                reasoning="\nTwo calls.\n",
+                tool_calls=(weather("chatcmpl-tool-74d5", PARIS), weather("chatcmpl-tool-8945", ROME)),
+                finish_reason="tool_calls",
+            )
+        ],
+        id="0.11-two-calls",
+    ),
+    pytest.param(
+        "0.32.0",
+        [
+            {
+                "message": {
+                    "reasoning": "\nTwo calls.\n",
+                    "tool_calls": [wire_call("chatcmpl-tool-8c6d", PARIS), wire_call("chatcmpl-tool-ba05", ROME)],
+                },
+                "finish_reason": "tool_calls",
+            }
+        ],
+        (30, 53, 0, 5),
+        [
+            Choice(
+                reasoning="\nTwo calls.\n",
+                tool_calls=(weather("chatcmpl-tool-8c6d", PARIS), weather("chatcmpl-tool-ba05", ROME)),
+                finish_reason="tool_calls",
+            )
+        ],
+        id="0.32-two-calls-and-content-null",
+    ),
+    pytest.param(
+        "0.32.0",
+        [{"message": {"content": "", "reasoning": "\nI need it.\n", "tool_calls": [wire_call("call-a1ff", PARIS)]}}],
+        (28, 31, 0, 7),
+        [Choice(reasoning="\nI need it.\n", tool_calls=(weather("call-a1ff", PARIS),), finish_reason="stop")],
+        id="0.32-a-named-tool-finishes-with-stop",
+    ),
+    pytest.param(
+        "0.32.0",
+        [{"message": {"content": WEATHER_CUT, "reasoning": "\nI need the tool.\n"}, "finish_reason": "length"}],
+        (28, 22, 0, 7),
+        [Choice(text=WEATHER_CUT, reasoning="\nI need the tool.\n", finish_reason="length")],
+        id="0.32-a-call-that-was-cut-stays-text",
+    ),
+    pytest.param(
+        "0.32.0",
+        [
+            {
+                "message": {"reasoning": "Broken.", "tool_calls": [wire_call("chatcmpl-tool-8e50", '{"city": "Par')]},
+                "finish_reason": "tool_calls",
+                "stop_reason": 200012,
+            }
+        ],
+        (121, 26, None, 7),
+        [
+            Choice(
+                reasoning="Broken.",
+                tool_calls=(weather("chatcmpl-tool-8e50", '{"city": "Par'),),
+                finish_reason="tool_calls",
+                stop_reason=200012,
+            )
+        ],
+        id="gpt-oss-a-broken-call-is-kept-as-written",
+    ),
+    pytest.param(
+        "0.32.0",
+        [{"message": {"reasoning": "I need the tool."}, "stop_reason": 200012}],
+        (123, 29, None, 10),
+        [Choice(reasoning="I need the tool.", finish_reason="stop", stop_reason=200012)],
+        id="gpt-oss-a-call-dropped-without-a-tool-parser",
+    ),
+    pytest.param(
+        "0.11.0",
+        [{"message": {"content": "Hello!", "reasoning_content": "\nA greeting.\n"}, "logprobs": CHAT_LOGPROBS}],
+        (9, 19),
+        [Choice(text="Hello!", reasoning="\nA greeting.\n", logprobs=CHAT_LOGPROBS_TOKENS, finish_reason="stop")],
+        id="0.11-logprobs-cover-the-markup",
+    ),
+    pytest.param(
+        "0.32.0",
+        [{"message": {"content": "a"}, "logprobs": CHAT_LOGPROBS, "token_ids": [649, 7]}, {"index": 1, "message": {}}],
+        (9, 19, 0, None),
+        [
+            Choice(
+                text="a",
+                logprobs=tuple(changed(one, token_id=i) for one, i in zip(CHAT_LOGPROBS_TOKENS, (649, 7), strict=True)),
+                token_ids=(649, 7),
+                finish_reason="stop",
+            ),
+            Choice(1, finish_reason="stop"),
+        ],
+        id="0.32-two-choices-one-of-them-empty",
+    ),
+]
+
+
+@pytest.mark.parametrize(("version", "choices", "usage", "expected"), COMPLETION_CAPTURES)
+def test_captured_completion(version, choices, usage, expected):
+    payload = payload_of(version, choices, usage)
+    before = copy.deepcopy(payload)
+    reply = parse_completion_response(payload)
+    assert reply == Completion(
+        "cmpl-4be1", model="parrot", choices=tuple(expected), usage=usage_of(*usage), payload=payload
+    )
+    assert payload == before
+
+
+@pytest.mark.parametrize(("version", "choices", "usage", "expected"), CHAT_CAPTURES)
+def test_captured_chat(version, choices, usage, expected):
+    payload = payload_of(version, choices, usage)
+    reply = parse_chat_response(payload)
+    assert reply == Completion(
+        "chatcmpl-1ba7", model="parrot", choices=tuple(expected), usage=usage_of(*usage), payload=payload
+    )
+    first = reply.choices[0]
+    found = (reply.text, reply.reasoning, reply.tool_calls, reply.finish_reason, reply.logprobs)
+    assert found == (first.text, first.reasoning, first.tool_calls, first.finish_reason, first.logprobs)
+
+
+def test_chat_tells_of_the_prompt_at_the_top():
+    told_of = {"prompt_logprobs": ECHOED_PROMPT, "prompt_token_ids": [1, 643, 590, 637, 298]}
+    payload = payload_of("0.32.0", [{"message": {"content": "a"}}, {"index": 1, "message": {}}], (5, 1), **told_of)
+    for choice in parse_chat_response(payload).choices:
+        assert choice.prompt_logprobs == ECHOED_PROMPT_TOKENS
+        assert choice.prompt_token_ids == (1, 643, 590, 637, 298)
+
+
+def test_the_prompts_own_token_is_the_one_its_id_names():
+    entries = [{"298": {"logprob": -0.4, "rank": 1, "decoded_token": " is"}, "643": {"logprob": -8.6, "rank": 195}}]
+    choice = {"text": "a", "prompt_logprobs": entries, "prompt_token_ids": [643]}
+    (own,) = parse_completion_response({"choices": [choice]}).choices[0].prompt_logprobs
+    assert (own.token_id, own.token, own.logprob, own.rank) == (643, "", -8.6, 195)
+    assert [other.token_id for other in own.top] == [298, 643]
+
+
+def test_alternatives_in_a_prompt_are_likeliest_first_without_a_rank_too():
+    entries = [
+        {str(i): {"logprob": p, "rank": None, "decoded_token": "x"} for i, p in ((1, -9.0), (2, -9999.0), (3, -1.0))}
+    ]
+    (own,) = (
+        parse_completion_response({"choices": [{"text": "a", "prompt_logprobs": entries}]}).choices[0].prompt_logprobs
+    )
+    assert [(other.token_id, other.logprob) for other in own.top] == [(3, -1.0), (1, -9.0), (2, -math.inf)]
+
+
+@pytest.mark.parametrize(
+    ("payload", "text"),
+    [
+        pytest.param({"choices": [{"text": "a"}]}, "a", id="a-gateway-drops-all-else"),
+        pytest.param({"choices": [{"text": None, "index": None}]}, "", id="nulls"),
+        pytest.param({"error": None, "choices": [{"text": "a"}]}, "a", id="error-null-is-no-error"),
+        pytest.param({"choices": [{"text": "a"}], "usage": {}}, "a", id="empty-usage"),
+        pytest.param({"choices": [{"text": "a", "new": {"x": 1}}], "other": 1}, "a", id="fields-yet-unknown"),
+        pytest.param({"id": None, "model": None, "choices": [{"text": "a"}]}, "a", id="no-name"),
+    ],
+)
+def test_a_reply_with_little_in_it(payload, text):
+    expected = Completion(choices=(Choice(text=text),), payload=payload)
+    assert parse_completion_response(payload) == expected
+    chat = payload | {"choices": [{"message": {"content": one.get("text")}} for one in payload["choices"]]}
+    assert parse_chat_response(chat) == changed(expected, payload=chat)
+
+
+def test_usage_without_its_total():
+    payload = {"choices": [{"text": "a"}], "usage": {"prompt_tokens": 5, "completion_tokens": 3}}
+    assert parse_completion_response(payload).usage == Usage(5, 3, 8)
+
+
+@pytest.mark.parametrize("parse", [parse_completion_response, parse_chat_response])
+@pytest.mark.parametrize(
+    "payload",
+    [
+        pytest.param(None, id="null"),
+        pytest.param([], id="a-list"),
+        pytest.param("ok", id="a-string"),
+        pytest.param({}, id="nothing"),
+        pytest.param({"choices": []}, id="no-choices"),
+        pytest.param({"choices": None}, id="choices-null"),
+        pytest.param({"id": "x", "object": "text_completion"}, id="no-choices-at-all"),
+        pytest.param({"detail": "Not Found"}, id="only-a-detail"),
+        pytest.param({"choices": 5}, id="choices-are-a-number"),
+        pytest.param({"choices": ["a"]}, id="a-choice-is-text"),
+        pytest.param({"choices": [None]}, id="a-choice-is-null"),
+        pytest.param({"choices": [{"text": 5}]}, id="text-is-a-number"),
+        pytest.param({"choices": [{"message": {"content": [{"type": "text"}]}}]}, id="content-in-parts"),
+        pytest.param({"choices": [{"text": "a", "index": [1]}]}, id="index-is-a-list"),
+        pytest.param({"choices": [{"text": "a", "index": "x"}, {"text": "b"}]}, id="an-index-is-text"),
+        pytest.param({"choices": [{"text": "a"}], "usage": [1]}, id="usage-is-a-list"),
+        pytest.param({"choices": [{"text": "a", "logprobs": {"tokens": ["a"]}}]}, id="lists-are-missing"),
+        pytest.param({"choices": [{"text": "a", "logprobs": {"tokens": ["a"], "token_logprobs": []}}]}, id="too-short"),
+        pytest.param({"choices": [{"text": "a", "logprobs": {"content": [{"logprob": 1}]}}]}, id="token-is-missing"),
+        pytest.param({"choices": [{"message": {"tool_calls": ["get_weather"]}}]}, id="a-call-is-text"),
+        pytest.param({"choices": [{"message": {"tool_calls": [{"function": {"arguments": [1]}}]}}]}, id="arguments"),
+        pytest.param({"choices": [{"text": "a", "prompt_logprobs": [{"x": {"logprob": -1}}]}]}, id="id-is-no-number"),
+        pytest.param({"choices": [{"text": "a", "prompt_logprobs": [{"1": {}}]}]}, id="a-prompts-logprob-is-missing"),
+        pytest.param(
+            {"choices": [{"text": "a", "prompt_logprobs": [None, {"1": {"logprob": -1}}], "prompt_token_ids": [1]}]},
+            id="more-logprobs-than-ids",
+        ),
+    ],
+)
+def test_not_what_vllm_sends(parse, payload):
+    with pytest.raises(ProtocolError):
+        parse(payload)
+
+
+# ---- Replies: values --------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("sent", "logprob", "probability"),
+    [
+        pytest.param(-0.5, -0.5, math.exp(-0.5), id="a-number"),
+        pytest.param(0, 0, 1.0, id="certain"),
+        pytest.param(-9999.0, -math.inf, 0.0, id="the-servers-minus-infinity"),
+        pytest.param(-9998.0, -9998.0, 0.0, id="just-above-it"),
+        pytest.param(-math.inf, -math.inf, 0.0, id="minus-infinity-itself"),
+        pytest.param(None, None, None, id="null-for-the-first-of-an-echo"),
+        pytest.param(math.nan, None, None, id="nan"),
+    ],
+)
+def test_logprob(sent, logprob, probability):
+    listed = {"tokens": ["a"], "token_logprobs": [sent], "top_logprobs": [{"a": sent}]}
+    completion = parse_completion_response({"choices": [{"text": "a", "logprobs": listed}]})
+    content = [{"token": "a", "logprob": sent, "bytes": None, "top_logprobs": [{"token": "a", "logprob": sent}]}]
+    chat = parse_chat_response({"choices": [{"message": {"content": "a"}, "logprobs": {"content": content}}]})
+    one = TokenLogprob("a", logprob)
+    for reply in (completion, chat):
+        assert reply.logprobs == (changed(one, top=(one,)),)
+        assert (reply.logprobs[0].probability, reply.logprobs[0].top[0].probability) == (probability, probability)
+
+
+@pytest.mark.parametrize(
+    "logprobs",
+    [
+        pytest.param(None, id="null"),
+        pytest.param({"content": None}, id="content-null"),
+        pytest.param({"content": []}, id="content-empty"),
+        pytest.param({"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}, id="lists-empty"),
+    ],
+)
+def test_no_logprobs(logprobs):
+    assert parse_completion_response({"choices": [{"text": "a", "logprobs": logprobs}]}).logprobs == ()
+
+
+@pytest.mark.parametrize("top", [None, [None], [{}]])
+def test_logprobs_without_alternatives(top):
+    logprobs = {"tokens": ["a"], "token_logprobs": [-1.0], "top_logprobs": top}
+    assert parse_completion_response({"choices": [{"text": "a", "logprobs": logprobs}]}).logprobs == (token("a", -1.0),)
+
+
+def test_a_token_that_is_spelled_as_its_id():
+    logprobs = {"tokens": ["token_id:639"], "token_logprobs": [-1.0], "top_logprobs": [{"token_id:639": -1.0}]}
+    (one,) = parse_completion_response({"choices": [{"text": "a", "logprobs": logprobs}]}).logprobs
+    assert (one.token, one.token_id, one.top[0].token_id) == ("token_id:639", 639, 639)
+
+
+def test_a_token_that_only_begins_like_an_id():
+    content = [{"token": "token_id:x", "logprob": -1.0}]
+    reply = parse_chat_response({"choices": [{"message": {"content": "a"}, "logprobs": {"content": content}}]})
+    assert reply.logprobs == (TokenLogprob("token_id:x", -1.0),)
+
+
+@pytest.mark.parametrize("ids", [None, [], [1, 2]])
+def test_ids_that_do_not_belong_to_the_tokens_are_not_theirs(ids):
+    logprobs = {"tokens": ["a"], "token_logprobs": [-1.0], "top_logprobs": None}
+    reply = parse_completion_response({"choices": [{"text": "a", "logprobs": logprobs, "token_ids": ids}]})
+    assert (reply.logprobs[0].token_id, reply.choices[0].token_ids) == (None, tuple(ids or ()))
+
+
+MANY: Final = {" b": -2.0, " a": -0.5, " d": -9999.0, " c": -3.0}
+LIKELIEST: Final = [(" a", -0.5), (" b", -2.0), (" c", -3.0), (" d", -math.inf)]
+
+
+@pytest.mark.parametrize(
+    ("params", "count"),
+    [
+        pytest.param({"logprobs": 3}, 3, id="at-most-n-where-the-server-adds-the-sampled-one"),
+        pytest.param({"logprobs": 1}, 1, id="1"),
+        pytest.param({"logprobs": 0}, 0, id="0-is-the-sampled-token-alone"),
+        pytest.param({"logprobs": -1}, 4, id="all"),
+        pytest.param({"logprobs": 20}, 4, id="no-more-than-there-are"),
+    ],
+)
+@pytest.mark.parametrize("is_chat", [False, True], ids=["completions", "chat"])
+def test_alternatives_are_likeliest_first_and_at_most_n(web, is_chat, params, count):
+    listed = {"tokens": [" d"], "token_logprobs": [-9999.0], "top_logprobs": [MANY]}
+    content = [
+        {"token": " d", "logprob": -9999.0, "top_logprobs": [{"token": t, "logprob": p} for t, p in MANY.items()]}
+    ]
+    choice = {"message": {"content": " d"}, "logprobs": {"content": content}}
+    web.post(re.compile(".*"), json={"choices": [choice if is_chat else {"text": " d", "logprobs": listed}]})
+    client = web_client()
+    reply = (client.chat if is_chat else client.complete)("Once", **params)
+    assert [(other.token, other.logprob) for other in reply.logprobs[0].top] == LIKELIEST[:count]
+    assert (reply.logprobs[0].token, reply.logprobs[0].logprob) == (" d", -math.inf)
+
+
+def test_a_pure_parser_shows_every_alternative():
+    listed = {"tokens": [" d"], "token_logprobs": [-9999.0], "top_logprobs": [MANY]}
+    (one,) = parse_completion_response({"choices": [{"text": " d", "logprobs": listed}]}).logprobs
+    assert [(other.token, other.logprob) for other in one.top] == LIKELIEST
+
+
+def test_alternatives_in_a_prompt_are_at_most_n(web):
+    choice = {"text": "a", "prompt_logprobs": ECHOED_PROMPT}
+    web.post(COMPLETIONS_URL, json={"choices": [choice]})
+    told_of = web_client().complete("Once", prompt_logprobs=1).choices[0].prompt_logprobs
+    assert [[other.token for other in one.top] for one in told_of[1:]] == [[" is"], [" France"], [" France"], [" is"]]
+    assert [one.token for one in told_of[1:]] == [" capital", " of", " France", " is"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "value"),
+    [
+        pytest.param(PARIS, {"city": "Paris"}, id="as-usual"),
+        pytest.param("{}", {}, id="empty"),
+        pytest.param(ROME + "\n", {"city": "Rome"}, id="0.11-streams-a-line-break-after-it"),
+        pytest.param('{"a": {"b": [1, null]}}', {"a": {"b": [1, None]}}, id="nested"),
+    ],
+)
+def test_good_arguments(arguments, value):
+    assert weather("call_1", arguments).parsed() == value
+
+
+@pytest.mark.parametrize(
+    ("arguments", "quoted"),
+    [
+        pytest.param("", "''", id="none"),
+        pytest.param('{"city": "Par', '\'{"city": "Par\'', id="cut"),
+        pytest.param("[1]", "'[1]'", id="a-list"),
+        pytest.param("null", "'null'", id="null"),
+        pytest.param('"Paris"', "'\"Paris\"'", id="a-string"),
+        pytest.param('{"a": 1} {"b": 2}', '\'{"a": 1} {"b": 2}\'', id="two-objects"),
+        pytest.param("city: Paris", "'city: Paris'", id="yaml"),
+        pytest.param('{"a": NaN}', "'{\"a\": NaN}'", id="nan-is-not-json"),
+        pytest.param("[" * 100_000, repr("[" * 200 + "…"), id="nested-beyond-reason"),
+        pytest.param('{"a": "' + "x" * 500, repr('{"a": "' + "x" * 193 + "…"), id="long"),
+    ],
+)
+def test_bad_arguments(arguments, quoted):
+    error = caught(weather("call_1", arguments).parsed)
+    assert type(error) is InvalidToolCallError
+    assert str(error) == (
+        f"the model called 'get_weather' with arguments that are not a JSON object: {quoted}; was it cut by max_tokens?"
+    )
+    assert (error.tool_name, error.raw_arguments, error.retryable) == ("get_weather", arguments, False)
+
+
+@pytest.mark.parametrize(
+    ("function", "arguments"),
+    [
+        pytest.param({"name": "f", "arguments": {"a": 1}}, '{"a": 1}', id="an-object-in-place-of-text"),
+        pytest.param({"name": "f", "arguments": {}}, "{}", id="an-empty-object"),
+        pytest.param({"name": "f", "arguments": None}, "", id="null"),
+        pytest.param({"name": "f"}, "", id="missing"),
+    ],
+)
+def test_arguments_of_a_gateway(function, arguments):
+    one = {"function": function}
+    found = parse_chat_response({"choices": [{"message": {"tool_calls": [one, one]}}]}).tool_calls
+    assert found == (ToolCall("", "f", arguments),) * 2  # without id and index, by their places
+
+
+@pytest.mark.parametrize(
+    ("choice", "message"),
+    [
+        pytest.param(Choice(text="Hi"), {"role": "assistant", "content": "Hi"}, id="text"),
+        pytest.param(Choice(), {"role": "assistant", "content": ""}, id="content-is-never-null"),
+        pytest.param(
+            Choice(text="4", reasoning="Sum."),
+            {"role": "assistant", "content": "4", "reasoning": "Sum."},
+            id="reasoning",
+        ),
+        pytest.param(
+            Choice(tool_calls=(weather("call_1", '{"ci'), weather("call_2", ROME))),
+            {
+                "role": "assistant",
+                "content": "",
+                "tool_calls": [wire_call("call_1", '{"ci'), wire_call("call_2", ROME)],
+            },
+            id="calls-as-the-model-wrote-them",
+        ),
+    ],
+)
+def test_message_for_the_next_turn(choice, message):
+    assert Completion(choices=(choice, Choice(1, "other"))).to_message() == message
+    assert build_chat_request(VLLMConfig(WEB), [message]) == {"messages": [message]}
+
+
+def test_a_completion_without_choices():
+    reply = Completion()
+    assert (reply.text, reply.reasoning, reply.tool_calls, reply.finish_reason, reply.logprobs) == (
+        "",
+        "",
+        (),
+        None,
+        (),
+    )
+    assert reply.to_message() == {"role": "assistant", "content": ""}
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        pytest.param(ECHOED_TOKENS[1], id="TokenLogprob"),
+        pytest.param(weather("call_1", PARIS), id="ToolCall"),
+        pytest.param(Usage(1, 2, 3), id="Usage"),
+        pytest.param(Delta(1, "a", token_ids=(5,)), id="Delta"),
+        pytest.param(Choice(1, "a", logprobs=ECHOED_TOKENS), id="Choice"),
+        pytest.param(Completion("id", choices=(Choice(text="a"),), payload={"x": 1}), id="Completion"),
+        pytest.param(ModelCard("parrot", 2048), id="ModelCard"),
+    ],
+)
+def test_values_are_frozen_and_pickled(value):
+    assert pickle.loads(pickle.dumps(value)) == value
+    names = value._fields if isinstance(value, tuple) else [spec.name for spec in dataclasses.fields(value)]
+    for name in names:
+        with pytest.raises(AttributeError):
+            setattr(value, name, None)
+
+
+# ---- Replies: errors in place of one ----------------------------------------
+
+
+@pytest.mark.parametrize("parse", [parse_completion_response, parse_chat_response])
+@pytest.mark.parametrize(
+    ("payload", "kind", "status", "words", "server_words"),
+    [
+        pytest.param(
+            {"error": {"message": "bad", "type": "BadRequestError", "param": None, "code": 400}},
+            InvalidRequestError,
+            400,
+            "400 'bad': in the reply",
+            "bad",
+            id="nested-since-0.10.1",
+        ),
+        pytest.param(
+            {"object": "error", "message": "bad", "type": "BadRequestError", "param": None, "code": 400},
+            InvalidRequestError,
+            400,
+            "400 'bad': in the reply",
+            "bad",
+            id="flat-in-0.10.0",
+        ),
+        pytest.param(
+            {"error": {"object": "error", "message": "bad", "type": "x", "param": None, "code": 422}},
+            InvalidRequestError,
+            422,
+            "422 'bad': in the reply",
+            "bad",
+            id="flat-within-error-in-a-stream-of-0.10.0",
+        ),
+        pytest.param(
+            {"error": {"error": {"message": "bad", "code": 404}}},
+            NotFoundError,
+            404,
+            "404 'bad': in the reply; is base_url the server's root, and is it vLLM? (curl BASE_URL/v1/models)",
+            "bad",
+            id="doubly-nested-by-a-gateway",
+        ),
+        pytest.param(
+            {"error": "The model is currently scaling."},
+            ProviderUnavailableError,
+            500,
+            "500 'The model is currently scaling.': in the reply",
+            "The model is currently scaling.",
+            id="a-string",
+        ),
+        pytest.param(
+            {"error": {"message": "", "type": "InternalServerError", "code": 500}},
+            ProviderUnavailableError,
+            500,
+            "500 (no message): in the reply",
+            "",
+            id="EngineGenerateError-has-no-message",
+        ),
+        pytest.param(
+            {"error": {"message": "EngineCore encountered an issue. See stack trace (above).", "code": 400}},
+            ProviderUnavailableError,
+            500,
+            "500 'EngineCore encountered an issue. See stack trace (above).': in the reply;"
+            " the engine has died: look at the server's log and start it again",
+            "EngineCore encountered an issue. See stack trace (above).",
+            id="up-to-0.14-even-a-dead-engine-is-400",
+        ),
+        pytest.param(
+            {"error": {"message": "no", "code": "model_not_found"}},
+            ProviderUnavailableError,
+            500,
+            "500 'no': in the reply",
+            "no",
+            id="a-code-in-words",
+        ),
+        pytest.param(
+            {"error": {"message": "not implemented", "code": 501}},
+            ProviderUnavailableError,
+            501,
+            "501 'not implemented': in the reply",
+            "not implemented",
+            id="a-model-without-this-endpoint",
+        ),
+        pytest.param(
+            {"id": "x", "choices": [{"text": "a"}], "error": {"message": "late", "code": 500}},
+            ProviderUnavailableError,
+            500,
+            "500 'late': in the reply",
+            "late",
+            id="beside-choices",
+        ),
+    ],
+)
+def test_error_in_a_reply_with_status_200(web, parse, payload, kind, status, words, server_words):
+    error = caught(parse, payload)
+    assert (type(error), error.status_code, str(error), error.server_message) == (kind, status, words, server_words)
+    is_chat = parse is parse_chat_response
+    web.post(CHAT_URL if is_chat else COMPLETIONS_URL, json=payload)
+    if status == 404:
+        web.get(MODELS_URL, json={"data": []})
+    error = caught(web_client().chat if is_chat else web_client().complete, "Once")
+    where = f"POST {CHAT_URL if is_chat else COMPLETIONS_URL}"
+    assert (type(error), error.status_code, str(error)) == (kind, status, words.replace("in the reply", where))
+
+
+def test_overflow_in_a_reply_with_status_200():
+    error = caught(parse_chat_response, error_032(OVERFLOW_032))
+    assert (type(error), error.limit, error.input_tokens) == (ContextLengthError, 2048, 2049)
+    assert str(error) == "the prompt does not fit: 2049 tokens for a context of 2048: in the reply; shorten it"
+
+
+# ---- Replies: captured streams ----------------------------------------------
+
+
+def events_of(version, parts, usage):
+    """Return a stream's bytes: `parts` are deltas of chat, or choices of completions, each with its nulls left out."""
+    is_chat = not any("text" in part for part in parts)
+    head = {"id": "chatcmpl-7b19" if is_chat else "cmpl-6851", "created": 1795330566, "model": "parrot"}
+    head["object"] = "chat.completion.chunk" if is_chat else "text_completion"
+    chunks = []
+    for number, part in enumerate(parts):
+        ends = {name: part[name] for name in ("finish_reason", "stop_reason", "logprobs", "token_ids") if name in part}
+        choice = {"index": part.get("index", 0), "logprobs": None, "finish_reason": None, "token_ids": None}
+        rest = {name: value for name, value in part.items() if name not in ends and name != "index"}
+        choice |= {"delta": rest} if is_chat else {"stop_reason": None, "prompt_token_ids": None, **rest}
+        first = {"prompt_token_ids": None} if is_chat and number == 0 else {}
+        old = {"usage": None} if version == "0.11.0" and not is_chat else {}
+        chunks.append({**head, "choices": [choice | ends], **first, **old})
+    counts = {"prompt_tokens": usage[0], "total_tokens": sum(usage[:2]), "completion_tokens": usage[1]}
+    if len(usage) > 2:
+        counts["prompt_tokens_details"] = {"cached_tokens": usage[2], "created_cache_tokens": 0}
+        counts |= {"completion_tokens_details": {"reasoning_tokens": usage[3]}} if usage[3] is not None else {}
+    chunks.append({**head, "choices": [], "usage": counts})
+    texts = [json.dumps(chunk, ensure_ascii=False, separators=(",", ":")) for chunk in chunks]
+    return "".join(f"data: {text}\n\n" for text in texts) + DONE
+
+
+ROLE: Final = {"role": "assistant", "content": ""}
+
+
+def call_part(index, *, call_id=None, arguments=None, **more):
+    """Return a delta of 0.32 with a piece of a tool call."""
+    function = ({"name": "get_weather"} if call_id else {}) | ({} if arguments is None else {"arguments": arguments})
+    head = {"id": call_id, "type": "function"} if call_id else {}
+    return {"content": None, "tool_calls": [{**head, "index": index, "function": function}], **more}
+
+
+def call_delta(call_id, arguments, **more):
+    return Delta(tool_calls=(weather(call_id, arguments),), **more)
+
+
+CAPTURED_STREAMS: Final = [
+    pytest.param(
+        "0.11.0",
+        [
+            ROLE,
+            *({"reasoning_content": text} for text in ("\n", "Two", " plus", "\n")),
+            *({"content": text} for text in ("\n", "\n", "2", " +")),
+            {"content": "", "finish_reason": "stop", "stop_reason": None},
+        ],
+        (14, 18),
+        [
+            *(Delta(reasoning=text) for text in ("\n", "Two", " plus", "\n")),
+            *(Delta(text=text) for text in ("\n", "\n", "2", " +")),
+            Delta(finish_reason="stop"),
+        ],
+        Choice(text="\n\n2 +", reasoning="\nTwo plus\n", finish_reason="stop"),
+        id="0.11-chat",
+    ),
+    pytest.param(
+        "0.32.0",
+        [
+            ROLE,
+            *({"reasoning": text} for text in ("\n", "Use", "\n")),
+            *({"content": text} for text in ("\n", "こんにちは", " 🌸🚀", "a\u2028b\x85c")),
+            {"finish_reason": "stop", "stop_reason": None},
+        ],
+        (13, 14, 0, 5),
+        [
+            *(Delta(reasoning=text) for text in ("\n", "Use", "\n")),
+            *(Delta(text=text) for text in ("\n", "こんにちは", " 🌸🚀", "a\u2028b\x85c")),
+            Delta(finish_reason="stop"),
+        ],
+        Choice(text="\nこんにちは 🌸🚀a\u2028b\x85c", reasoning="\nUse\n", finish_reason="stop"),
+        id="0.32-chat-beyond-ascii",
+    ),
+    pytest.param(
+        "0.11.0",
+        [
+            ROLE,
+            {"reasoning_content": "\nTwo calls.\n"},
+            {"content": "\n"},
+            {"tool_calls": [{"id": "t-6854", "type": "function", "index": 0, "function": {"name": "get_weather"}}]},
+            {"tool_calls": [{"index": 0, "function": {"arguments": '{"city": "'}}]},
+            {"tool_calls": [{"index": 0, "function": {"arguments": "Paris"}}]},
+            {"tool_calls": [{"index": 0, "function": {"arguments": '"}'}}]},
+            {"content": "\n"},
+            {"tool_calls": [{"id": "t-12ce", "type": "function", "index": 1, "function": {"name": "get_weather"}}]},
+            {"tool_calls": [{"index": 1, "function": {"arguments": '{"city": "Rome'}}]},
+            {"tool_calls": [{"index": 1, "function": {"arguments": '"}'}}]},
+            {"tool_calls": [{"index": 1, "function": {"arguments": "\n"}}]},
+            {"content": "", "finish_reason": "tool_calls", "stop_reason": None},
+        ],
+        (30, 53),
+        [
+            Delta(reasoning="\nTwo calls.\n"),
+            Delta(text="\n"),
+            *(call_delta("t-6854", text) for text in ("", '{"city": "', "Paris", '"}')),
+            Delta(text="\n"),
+            *(call_delta("t-12ce", text) for text in ("", '{"city": "Rome', '"}', "\n")),
+            Delta(finish_reason="tool_calls"),
+        ],
+        Choice(
+            text="\n\n",
+            reasoning="\nTwo calls.\n",
+            tool_calls=(weather("t-6854", PARIS), weather("t-12ce", ROME + "\n")),
+            finish_reason="tool_calls",
+        ),
+        id="0.11-two-calls-with-text-between",
+    ),
+    pytest.param(
+        "0.32.0",
+        [
+            ROLE,
+            {"reasoning": "\nTwo calls.\n"},
+            call_part(0, call_id="t-bf36"),
+            *(call_part(0, arguments=text) for text in ('{"', "city", '":', ' "', "Paris", '"}')),
+            call_part(1, call_id="t-8dfe"),
+            *(call_part(1, arguments=text) for text in ('{"city": "', "Rome", '"}')),
+            {"finish_reason": "tool_calls", "stop_reason": None},
+        ],
+        (30, 53, 0, 5),
+        [
+            Delta(reasoning="\nTwo calls.\n"),
+            *(call_delta("t-bf36", text) for text in ("", '{"', "city", '":', ' "', "Paris", '"}')),
+            *(call_delta("t-8dfe", text) for text in ("", '{"city": "', "Rome", '"}')),
+            Delta(finish_reason="tool_calls"),
+        ],
+        Choice(
+            reasoning="\nTwo calls.\n",
+            tool_calls=(weather("t-bf36", PARIS), weather("t-8dfe", ROME)),
+            finish_reason="tool_calls",
+        ),
+        id="0.32-two-calls",
+    ),
+    pytest.param(
+        "0.11.0",
+        [
+            ROLE,
+            {"reasoning_content": "<think>\nI"},
+            {"reasoning_content": " need"},
+            {"tool_calls": [{"id": "t-7731", "type": "function", "index": 0, "function": {"name": "get_weather"}}]},
+            {"finish_reason": "tool_calls", "stop_reason": None},
+        ],
+        (28, 22),
+        [
+            Delta(reasoning="<think>\nI"),
+            Delta(reasoning=" need"),
+            call_delta("t-7731", ""),
+            Delta(finish_reason="tool_calls"),
+        ],
+        Choice(reasoning="<think>\nI need", tool_calls=(weather("t-7731", ""),), finish_reason="tool_calls"),
+        id="0.11-a-cut-call-says-tool-calls",
+    ),
+    pytest.param(
+        "0.32.0",
+        [
+            ROLE,
+            {"reasoning": "I need the tool."},
+            call_part(0, call_id="t-8002", arguments=""),
+            call_part(0, arguments='{"', finish_reason="length", stop_reason=None),
+        ],
+        (123, 24, None, 6),
+        [
+            Delta(reasoning="I need the tool."),
+            call_delta("t-8002", ""),
+            call_delta("t-8002", '{"', finish_reason="length"),
+        ],
+        Choice(reasoning="I need the tool.", tool_calls=(weather("t-8002", '{"'),), finish_reason="length"),
+        id="gpt-oss-the-last-piece-comes-with-the-finish-reason",
+    ),
+    pytest.param(
+        "0.32.0",
+        [
+            ROLE,
+            {"reasoning": "Now Rome."},
+            call_part(0, call_id="t-afd2", arguments='{"city":"Rome"}'),
+            {"finish_reason": "tool_calls", "stop_reason": 200012},
+        ],
+        (171, 25, None, 8),
+        [
+            Delta(reasoning="Now Rome."),
+            call_delta("t-afd2", '{"city":"Rome"}'),
+            Delta(finish_reason="tool_calls", stop_reason=200012),
+        ],
+        Choice(
+            reasoning="Now Rome.",
+            tool_calls=(weather("t-afd2", '{"city":"Rome"}'),),
+            finish_reason="tool_calls",
+            stop_reason=200012,
+        ),
+        id="gpt-oss-a-whole-call-in-one-delta",
+    ),
+    pytest.param(
+        "0.32.0",
+        [
+            {"index": 0, **ROLE},
+            {"index": 1, **ROLE},
+            {"index": 1, "content": "b"},
+            {"index": 0, "content": "a", "reasoning": "r", "token_ids": [5]},
+            {"index": 1, "finish_reason": "length", "stop_reason": None},
+            {"index": 0, "finish_reason": "stop", "stop_reason": "x"},
+        ],
+        (4, 4, 0, None),
+        [
+            Delta(1, "b"),
+            Delta(0, "a", "r", token_ids=(5,)),
+            Delta(1, finish_reason="length"),
+            Delta(finish_reason="stop", stop_reason="x"),
+        ],
+        Choice(text="a", reasoning="r", token_ids=(5,), finish_reason="stop", stop_reason="x"),
+        id="0.32-two-choices-in-turn",
+    ),
+    pytest.param(
+        "0.11.0",
+        [
+            {
+                "text": text,
+                "logprobs": {
+                    "text_offset": [0],
+                    "token_logprobs": [value],
+                    "tokens": [piece],
+                    "top_logprobs": [{piece: value}],
+                },
+                **more,
+            }
+            for text, piece, value, more in (
+                (" Paris", " Paris", -0.00031, {"prompt_token_ids": [366, 643, 590, 637, 298]}),
+                (".", ".", -0.00018, {}),
+                ("", "<|im_end|>", -0.00019, {"finish_reason": "stop"}),
+            )
+        ],
+        (5, 3),
+        [
+            Delta(text=" Paris", logprobs=(token(" Paris", -0.00031, [token(" Paris", -0.00031)]),)),
+            Delta(text=".", logprobs=(token(".", -0.00018, [token(".", -0.00018)]),)),
+            Delta(logprobs=(token("<|im_end|>", -0.00019, [token("<|im_end|>", -0.00019)]),), finish_reason="stop"),
+        ],
+        Choice(
+            text=" Paris.",
+            logprobs=tuple(
+                token(text, value, [token(text, value)])
+                for text, value in ((" Paris", -0.00031), (".", -0.00018), ("<|im_end|>", -0.00019))
+            ),
+            finish_reason="stop",
+            prompt_token_ids=(366, 643, 590, 637, 298),
+        ),
+        id="0.11-completion-with-logprobs",
+    ),
+    pytest.param(
+        "0.32.0",
+        [*({"text": text} for text in (" there", " was", "")), {"text": " a", "finish_reason": "length"}],
+        (4, 8, 0, None),
+        [Delta(text=" there"), Delta(text=" was"), Delta(text=" a", finish_reason="length")],
+        Choice(text=" there was a", finish_reason="length"),
+        id="0.32-completion-cut-by-its-length",
+    ),
+    pytest.param(
+        "0.32.0",
+        [{"text": "", "token_ids": [7]}, {"text": "é", "token_ids": [8]}, {"text": "", "finish_reason": "stop"}],
+        (4, 2, None, None),
+        [Delta(token_ids=(7,)), Delta(text="é", token_ids=(8,)), Delta(finish_reason="stop")],
+        Choice(text="é", token_ids=(7, 8), finish_reason="stop"),
+        id="0.32-a-letter-of-two-tokens",
+    ),
+]
+
+
+@pytest.mark.parametrize(("version", "parts", "usage", "deltas", "choice"), CAPTURED_STREAMS)
+def test_captured_stream(web, version, parts, usage, deltas, choice):
+    raw = events_of(version, parts, usage)
+    web.post(re.compile(".*"), body=raw.encode(), content_type="text/event-stream; charset=utf-8")
+    is_chat = "chat.completion.chunk" in raw
+    stream = (web_client().stream_chat if is_chat else web_client().stream_complete)("Once")
+    assert list(stream) == deltas
+    whole = stream.completion
+    assert (whole.choices[0], whole.usage, whole.model) == (choice, usage_of(*usage), "parrot")
+    assert "choices" not in whole.payload
+    assert whole.payload["object"] == ("chat.completion.chunk" if is_chat else "text_completion")
+    assert whole.id == whole.payload["id"] == ("chatcmpl-7b19" if is_chat else "cmpl-6851")
+    assert 0 <= whole.first_token_s <= whole.total_s
+
+
+@pytest.mark.parametrize(
+    ("pieces", "calls"),
+    [
+        pytest.param(
+            [[{"index": 0, "id": "a", "function": {"name": "f"}}, {"index": 1, "id": "b", "function": {"name": "g"}}]],
+            [ToolCall("a", "f", ""), ToolCall("b", "g", "")],
+            id="two-calls-in-one-delta",
+        ),
+        pytest.param(
+            [
+                [{"index": 0, "id": "a", "function": {"name": "f", "arguments": "{"}}],
+                [{"index": 0, "id": "b", "function": {"name": "f", "arguments": "["}}],
+                [{"index": 0, "function": {"arguments": "]"}}],
+            ],
+            [ToolCall("a", "f", "{"), ToolCall("b", "f", "[]")],
+            id="another-id-at-the-same-index-is-another-call",
+        ),
+        pytest.param(
+            [
+                [{"index": 0, "id": "a", "function": {"name": "f", "arguments": "{"}}],
+                [{"index": 0, "id": "", "function": {"name": "f", "arguments": "}"}}],
+                [{"index": 0, "id": "a", "function": {"name": "f", "arguments": " "}}],
+            ],
+            [ToolCall("a", "f", "{} ")],
+            id="an-empty-id-and-a-repeated-name-go-on",
+        ),
+        pytest.param(
+            [
+                [{"id": "a", "function": {"name": "f"}}],
+                [{"function": {"arguments": "{}"}}],
+                [{"id": "b", "function": {"name": "g", "arguments": "[]"}}],
+            ],
+            [ToolCall("a", "f", "{}"), ToolCall("b", "g", "[]")],
+            id="no-index",
+        ),
+        pytest.param(
+            [
+                [{"index": 1, "id": "b", "function": {"name": "g"}}],
+                [{"index": 0, "id": "a", "function": {"name": "f"}}],
+                [{"index": 1, "function": {"arguments": "1"}}, {"index": 0, "function": {"arguments": "0"}}],
+            ],
+            [ToolCall("b", "g", "1"), ToolCall("a", "f", "0")],
+            id="pieces-by-turns-in-the-order-they-began",
+        ),
+        pytest.param(
+            [[{"index": 0, "id": "a", "function": None}], [{"index": 0, "function": {"name": "f", "arguments": None}}]],
+            [ToolCall("a", "f", "")],
+            id="nulls",
+        ),
+    ],
+)
+def test_calls_in_pieces(web, pieces, calls):
+    raw = events_of("0.32.0", [{"tool_calls": piece} for piece in pieces] + [{"finish_reason": "tool_calls"}], (1, 1))
+    web.post(CHAT_URL, body=raw.encode(), content_type="text/event-stream")
+    stream = web_client().stream_chat("Once")
+    deltas = list(stream)
+    assert list(stream.completion.tool_calls) == calls
+    joined = {}
+    for piece in itertools.chain.from_iterable(delta.tool_calls for delta in deltas):
+        joined[piece.id] = joined.get(piece.id, "") + piece.arguments
+    assert joined == {call.id: call.arguments for call in calls}
+
+
+@pytest.mark.parametrize(
+    ("extra", "usage"),
+    [
+        pytest.param(
+            {"usage": {"prompt_tokens": 1, "completion_tokens": 1}}, Usage(1, 1, 2), id="usage-on-every-chunk"
+        ),
+        pytest.param({"usage": {}}, None, id="empty-usage"),
+        pytest.param({}, None, id="no-usage-at-all"),
+    ],
+)
+def test_usage_of_a_stream(web, extra, usage):
+    chunk = {"choices": [{"index": 0, "text": "a", "finish_reason": "stop"}], **extra}
+    web.post(COMPLETIONS_URL, body=f"data: {json.dumps(chunk)}\n\n{DONE}", content_type="text/event-stream")
+    stream = web_client().stream_complete("Once")
+    assert (list(stream), stream.completion.usage) == ([Delta(text="a", finish_reason="stop")], usage)
+
+
+IN_STREAM_011: Final = (
+    'data: {"error": {"message": "Requested sample logprobs of 500, which is greater than max allowed: 20",'
+    ' "type": "BadRequestError", "param": null, "code": 400}}\n\n' + DONE
+)
+
+
+def test_captured_error_in_a_stream(web):
+    web.post(COMPLETIONS_URL, body=IN_STREAM_011, content_type="text/event-stream; charset=utf-8")
+    error = caught(list, web_client().stream_complete("Once", logprobs=500))
+    assert (type(error), error.status_code, error.retryable) == (InvalidRequestError, 400, False)
+    assert str(error) == (
+        "400 'Requested sample logprobs of 500, which is greater than max allowed: 20':"
+        f" POST {COMPLETIONS_URL}; ask for fewer, or start vLLM with --max-logprobs N"
+    )
+
+
+# ---- Replies: HTTP errors ---------------------------------------------------
+
+OVERFLOW_032: Final = (
+    "This model's maximum context length is 2048 tokens. However, your prompt contains at least 2049 input tokens,"
+    " which exceeds this limit even without any output tokens. Please reduce the length of the input prompt."
+    " (parameter=input_tokens, value=2049)"
+)
+ROOT_ADVICE: Final = "; is base_url the server's root, and is it vLLM? (curl BASE_URL/v1/models)"
+
+
+def error_032(message, code=400, kind="BadRequestError"):
+    return {"error": {"message": message, "type": kind, "param": None, "code": code}}
+
+
+@pytest.mark.parametrize(
+    ("status", "kind", "retryable", "advice"),
+    [
+        pytest.param(201, StatusError, False, "", id="201-is-not-what-vllm-answers"),
+        pytest.param(400, InvalidRequestError, False, "", id="400"),
+        pytest.param(
+            401,
+            AuthenticationError,
+            False,
+            "; set api_key or VLLM_API_KEY to the key the server was started with",
+            id="401",
+        ),
+        pytest.param(403, AccessDeniedError, False, "; the key may not do this, or a gateway hides the path", id="403"),
+        pytest.param(404, NotFoundError, False, ROOT_ADVICE, id="404"),
+        pytest.param(405, StatusError, False, ROOT_ADVICE, id="405"),
+        pytest.param(408, StatusError, False, "", id="408"),
+        pytest.param(409, StatusError, False, "", id="409"),
+        pytest.param(413, StatusError, False, "; a proxy limits a request's size", id="413"),
+        pytest.param(418, StatusError, False, "", id="418"),
+        pytest.param(422, InvalidRequestError, False, "", id="422"),
+        pytest.param(429, RateLimitError, True, "", id="429"),
+        pytest.param(500, ProviderUnavailableError, True, "", id="500"),
+        pytest.param(501, ProviderUnavailableError, False, "", id="501-never-will"),
+        pytest.param(502, ProviderUnavailableError, True, "", id="502"),
+        pytest.param(503, ProviderUnavailableError, True, "", id="503"),
+        pytest.param(
+            504, ProviderUnavailableError, True, "; a proxy gave up waiting; vLLM may still be at work", id="504"
+        ),
+        pytest.param(529, ProviderUnavailableError, True, "", id="529"),
+    ],
+)
+@pytest.mark.parametrize("is_stream", [False, True], ids=["whole", "stream"])
+def test_status(web, is_stream, status, kind, retryable, advice):
+    web.post(COMPLETIONS_URL, status=status, body="no")
+    client = web_client()
+    error = caught(list, client.stream_complete("Once")) if is_stream else caught(client.complete, "Once")
+    assert (type(error), str(error)) == (kind, f"{status} 'no': POST {COMPLETIONS_URL}{advice}")
+    assert (error.status_code, error.retryable, error.retry_after) == (status, retryable, None)
+    assert error.server_message == "no"
+    assert error.request_id in web.calls[0].request.headers["X-Request-Id"]
+    assert error.partial.choices == ()
+    assert len(web.calls) == 1
+
+
+def test_status_204_has_no_body(web):
+    web.post(COMPLETIONS_URL, status=204)
+    error = caught(web_client().complete, "Once")
+    assert (type(error), str(error)) == (StatusError, f"204 (no message): POST {COMPLETIONS_URL}")
+
+
+VALIDATION_032: Final = "1 validation error:\n  {'type': 'missing', 'loc': 'body.messages', 'msg': 'Field required'}"
+
+
+@pytest.mark.parametrize(
+    ("body", "words", "server_words"),
+    [
+        pytest.param(json.dumps(error_032("bad x")), "'bad x'", "bad x", id="nested"),
+        pytest.param(
+            '{"object":"error","message":"bad x","type":"T","param":null,"code":400}', "'bad x'", "bad x", id="flat"
+        ),
+        pytest.param('{"error":"Unauthorized"}', "'Unauthorized'", "Unauthorized", id="string"),
+        pytest.param('{"detail":"Not Found"}', "'Not Found'", "Not Found", id="fastapi"),
+        pytest.param(
+            '{"detail":[{"loc":["body","n"],"msg":"too large"}]}',
+            """'[{"loc": ["body", "n"], "msg": "too large"}]'""",
+            '[{"loc": ["body", "n"], "msg": "too large"}]',
+            id="fastapi-list",
+        ),
+        pytest.param('{"error":{"error":{"message":"deep"}}}', "'deep'", "deep", id="doubly-nested"),
+        pytest.param(
+            json.dumps(error_032(VALIDATION_032)),
+            '''"1 validation error: {'type': 'missing', 'loc': 'body.messages', 'msg': 'Field required'}"''',
+            VALIDATION_032,
+            id="lines-are-joined",
+        ),
+        pytest.param("", "(no message)", "", id="empty"),
+        pytest.param(" \n", "(no message)", " \n", id="blank"),
+        pytest.param("null", "(no message)", "", id="null"),
+        pytest.param('{"error":{"message":null,"code":400}}', "(no message)", "", id="message-null"),
+        pytest.param("Internal Server Error", "'Internal Server Error'", "Internal Server Error", id="plain-text"),
+        pytest.param(
+            "<html>\r\n<head><title>Bad\tGateway</title></head></html>",
+            "'<html> <head><title>Bad Gateway</title></head></html>'",
+            "<html>\r\n<head><title>Bad\tGateway</title></head></html>",
+            id="html",
+        ),
+        pytest.param('{"error": ', """'{"error":'""", '{"error": ', id="half-of-json"),
+        pytest.param('"quota"', "'quota'", "quota", id="a-json-string"),
+        pytest.param("[" * 100_000, repr("[" * 200 + "…"), "[" * 100_000, id="json-nested-beyond-reason"),
+        pytest.param("Zoë".encode(), "'Zoë'", "Zoë", id="utf-8"),
+        pytest.param(b"Zo\xeb", "'Zo\ufffd'", "Zo\ufffd", id="not-utf-8"),
+        pytest.param(json.dumps(error_032("x" * 200)), repr("x" * 200), "x" * 200, id="200-characters-are-quoted"),
+        pytest.param(json.dumps(error_032("x" * 201)), repr("x" * 200 + "…"), "x" * 201, id="no-more"),
+        pytest.param(" " * 5000 + "x", repr("x"), " " * 5000 + "x", id="words-behind-much-white-space"),
+    ],
+)
+def test_body_of_an_error(web, body, words, server_words):
+    web.post(COMPLETIONS_URL, status=418, body=body)
+    error = caught(web_client().complete, "Once")
+    assert (str(error), error.server_message) == (f"418 {words}: POST {COMPLETIONS_URL}", server_words)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        pytest.param({"message": "No API key found in request"}, id="a-message-alone"),
+        pytest.param({"code": 1, "msg": "No API key found in request"}, id="names-of-its-own"),
+        pytest.param({"error": {"msg": "No API key found in request"}}, id="an-error-without-a-message"),
+        pytest.param(["No API key found in request"], id="a-list"),
+    ],
+)
+def test_the_words_of_a_gateway_are_not_lost(web, body):
+    web.post(COMPLETIONS_URL, status=401, json=body)
+    assert "No API key found in request" in str(caught(web_client().complete, "Once"))
+
+
+@pytest.mark.parametrize(
+    ("status", "message", "kind", "advice"),
+    [
+        pytest.param(
+            400,
+            '"auto" tool choice requires --enable-auto-tool-choice and --tool-call-parser to be set',
+            InvalidRequestError,
+            "start vLLM with --enable-auto-tool-choice --tool-call-parser NAME, or send no tools",
+            id="tools",
+        ),
+        pytest.param(
+            400,
+            "As of transformers v4.44, default chat template is no longer allowed, so you must provide a chat template",
+            InvalidRequestError,
+            "this model has no chat template: use complete(), or start vLLM with --chat-template FILE",
+            id="template",
+        ),
+        pytest.param(
+            500,
+            "EngineCore encountered an issue. See stack trace (above) for the root cause.",
+            ProviderUnavailableError,
+            "the engine has died: look at the server's log and start it again",
+            id="engine",
+        ),
+        pytest.param(
+            400,
+            "Requested sample logprobs of 500, which is greater than max allowed: 20 (parameter=logprobs, value=500)",
+            InvalidRequestError,
+            "ask for fewer, or start vLLM with --max-logprobs N",
+            id="logprobs",
+        ),
+        pytest.param(
+            400,
+            "Out of range float values are not JSON compliant",
+            ProviderUnavailableError,
+            "the model computed NaN: try without logprobs, or another --dtype",
+            id="nan-is-a-fault-of-the-server",
+        ),
+    ],
+)
+def test_advice(web, status, message, kind, advice):
+    web.post(CHAT_URL, status=status, json=error_032(message, status))
+    error = caught(web_client().chat, "Once")
+    assert (type(error), str(error)) == (kind, f"{status} {message!r}: POST {CHAT_URL}; {advice}")
+    assert error.retryable is ("EngineCore" in message)
+
+
+@pytest.mark.parametrize(
+    ("value", "seconds"),
+    [
+        pytest.param("7", 7.0, id="seconds"),
+        pytest.param("0", 0.0, id="now"),
+        pytest.param("1.5", 1.5, id="not-whole"),
+        pytest.param(" 3 ", 3.0, id="blanks"),
+        pytest.param("-5", 0.0, id="in-the-past"),
+        pytest.param("soon", None, id="words"),
+        pytest.param("", None, id="empty"),
+        pytest.param("inf", None, id="infinity"),
+        pytest.param("nan", None, id="nan"),
+        pytest.param("1e999", None, id="too-large"),
+        pytest.param("Wed, 21 Oct 2015 07:28:00 GMT", 0.0, id="a-date-in-the-past"),
+        pytest.param("Wed, 99 Oct 2015 07:28:00 GMT", None, id="no-such-date"),
+        pytest.param("Wed, 21 Oct 99999 07:28:00 GMT", None, id="no-such-year"),
+    ],
+)
+@pytest.mark.parametrize("status", [429, 503])
+def test_retry_after(web, status, value, seconds):
+    web.post(COMPLETIONS_URL, status=status, body="busy", headers={"Retry-After": value})
+    assert caught(web_client().complete, "Once").retry_after == seconds
+
+
+@pytest.mark.parametrize("zone", ["GMT", "-0000", "+0000"])
+def test_retry_after_a_date(web, zone):
+    date = email.utils.format_datetime(datetime.now(UTC) + timedelta(seconds=100)).replace("+0000", zone)
+    web.post(COMPLETIONS_URL, status=503, headers={"retry-after": date})
+    assert 30 < caught(web_client().complete, "Once").retry_after <= 100
+
+
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+@pytest.mark.parametrize(
+    ("location", "base_url"),
+    [
+        pytest.param("https://gpu.example/v1/completions", "https://gpu.example", id="https"),
+        pytest.param("http://vllm.test/openai/v1/completions", "http://vllm.test/openai", id="a-prefix"),
+        pytest.param("/openai/v1/completions", "http://vllm.test/openai", id="a-path"),
+        pytest.param("https://gpu.example/v1/completions/", "https://gpu.example", id="a-slash-at-the-end"),
+    ],
+)
+def test_redirect(web, status, location, base_url):
+    web.post(COMPLETIONS_URL, status=status, headers={"Location": location})
+    error = caught(web_client().complete, "Once")
+    assert (type(error), error.status_code, error.retryable) == (StatusError, status, False)
+    assert str(error) == (
+        f"POST {COMPLETIONS_URL} is redirected to {location!r}, which is not followed, lest the prompt go astray:"
+        f" set base_url to {base_url!r}"
+    )
+    assert len(web.calls) == 1
+
+
+@pytest.mark.parametrize(
+    ("path", "location", "base_url"),
+    [
+        pytest.param("/v1/models", "https://gpu.example/v1/models", "https://gpu.example", id="models"),
+        pytest.param("/version", "https://gpu.example/version", "https://gpu.example", id="version"),
+        pytest.param("/health", "https://gpu.example/health", "https://gpu.example", id="health"),
+    ],
+)
+def test_redirect_of_a_question(web, path, location, base_url):
+    web.get(WEB + path, status=308, headers={"Location": location})
+    error = caught(getattr(web_client(), path.rpartition("/")[2]))
+    assert str(error).endswith(f"set base_url to {base_url!r}")
+
+
+@pytest.mark.parametrize(
+    "location",
+    [
+        pytest.param("https://sso.example/login?next=/v1/completions", id="a-login-page"),
+        pytest.param("/login?next=%2Fv1%2Fcompletions", id="a-login-page-of-its-own"),
+        pytest.param("http://[::1", id="no-url"),
+        pytest.param(None, id="nowhere"),
+    ],
+)
+def test_a_redirect_to_something_else_names_no_base_url_that_cannot_work(web, location):
+    web.post(COMPLETIONS_URL, status=302, headers={"Location": location} if location else {})
+    error = caught(web_client().complete, "Once")
+    assert type(error) is StatusError
+    (advised,) = re.findall(r"set base_url to (.*)$", str(error)) or ["'http://localhost'"]
+    VLLMConfig(ast.literal_eval(advised))  # raises for what is no base_url
+
+
+@pytest.mark.parametrize(
+    ("body", "content_type"),
+    [
+        pytest.param("<html>welcome</html>", "text/html", id="html"),
+        pytest.param("", "application/json", id="empty"),
+        pytest.param("ok", "text/plain", id="text"),
+        pytest.param("[]", "application/json", id="a-list"),
+        pytest.param('"x"', "application/json", id="a-string"),
+        pytest.param("null", "application/json", id="null"),
+        pytest.param('{"choices": [', "application/json", id="cut"),
+        pytest.param('{"choices": []} {}', "application/json", id="two-objects"),
+        pytest.param("[" * 100_000, "application/json", id="nested-beyond-reason"),
+        pytest.param('{"a":' * 100_000, "application/json", id="objects-beyond-reason"),
+    ],
+)
+@pytest.mark.parametrize("is_stream", [False, True], ids=["whole", "stream"])
+def test_200_that_is_not_json(web, is_stream, body, content_type):
+    web.post(CHAT_URL, body=body, content_type=content_type)
+    client = web_client()
+    error = caught(list, client.stream_chat("Once")) if is_stream else caught(client.chat, "Once")
+    quoted = repr(body if len(body) <= 200 else body[:200] + "…")
+    assert type(error) is ProtocolError
+    assert str(error) == f"not the JSON vLLM sends: POST {CHAT_URL}: {quoted}{ROOT_ADVICE}"
+    assert (error.retryable, error.status_code) == (False, None)
+
+
+def test_an_event_that_is_not_json(web):
+    good = {"choices": [{"index": 0, "text": "a"}]}
+    body = f"data: {json.dumps(good)}\n\ndata: {{broken\n\n{DONE}"
+    web.post(COMPLETIONS_URL, body=body, content_type="text/event-stream")
+    error = caught(list, web_client().stream_complete("Once"))
+    assert type(error) is ProtocolError
+    assert str(error) == f"not the JSON vLLM sends: POST {COMPLETIONS_URL}: '{{broken'{ROOT_ADVICE}"
+    assert error.partial.text == "a"
+
+
+@pytest.mark.parametrize("encoding", ["gzip", "br", "deflate"])
+def test_an_encoding_that_was_not_asked_for(web, encoding):
+    web.post(COMPLETIONS_URL, body=b"\x1f\x8b", headers={"Content-Encoding": encoding}, content_type="application/json")
+    error = caught(web_client().complete, "Once")
+    assert type(error) is ProtocolError
+    assert str(error) == f"the reply is encoded as {encoding!r}, which was not asked for: POST {COMPLETIONS_URL}"
+    assert web.calls[0].request.headers["Accept-Encoding"] == "identity"
+
+
+# ---- Replies: what requests raises ------------------------------------------
+
+REQUESTS_ERRORS: Final = sorted(
+    (
+        thing
+        for thing in vars(requests.exceptions).values()
+        if inspect.isclass(thing) and issubclass(thing, requests.RequestException)
+    ),
+    key=lambda kind: kind.__name__,
+)
+REQUESTS_KINDS: Final = {
+    "Timeout": LLMTimeoutError,
+    "ConnectTimeout": LLMTimeoutError,
+    "ReadTimeout": LLMTimeoutError,
+    "ConnectionError": NetworkError,
+    "ProxyError": NetworkError,
+    "SSLError": NetworkError,
+    "ChunkedEncodingError": NetworkError,
+    "InvalidHeader": ConfigurationError,
+    "InvalidProxyURL": ConfigurationError,
+    "InvalidSchema": ConfigurationError,
+    "InvalidURL": ConfigurationError,
+    "MissingSchema": ConfigurationError,
+}
+
+
+@pytest.mark.parametrize("kind", REQUESTS_ERRORS, ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("is_stream", [False, True], ids=["whole", "stream"])
+def test_every_exception_of_requests_is_translated(web, is_stream, kind):
+    raised = kind("broken", "{", 0) if issubclass(kind, ValueError) and "JSON" in kind.__name__ else kind("broken")
+    web.post(COMPLETIONS_URL, body=raised)
+    client = web_client()
+    error = caught(list, client.stream_complete("Once")) if is_stream else caught(client.complete, "Once")
+    assert type(error) is REQUESTS_KINDS.get(kind.__name__, type(error))
+    assert error.__cause__ is raised
+    assert WEB in str(error)
+
+
+def test_requests_has_no_exception_this_table_does_not_know():
+    known = {
+        *REQUESTS_KINDS,
+        "RequestException",
+        "URLRequired",
+        "HTTPError",
+        "TooManyRedirects",
+        "ContentDecodingError",
+    }
+    known |= {"StreamConsumedError", "RetryError", "UnrewindableBodyError", "InvalidJSONError", "JSONDecodeError"}
+    assert {kind.__name__ for kind in REQUESTS_ERRORS} == known
+
+
+@pytest.mark.parametrize(
+    ("raised", "words", "retryable"),
+    [
+        pytest.param(
+            requests.ConnectionError(ConnectionRefusedError(111, "Connection refused")),
+            "no connection to http://vllm.test: connection refused; is vLLM running? (curl http://vllm.test/health)",
+            True,
+            id="refused",
+        ),
+        pytest.param(
+            requests.ConnectTimeout("slow"),
+            f"no connection in time: POST {COMPLETIONS_URL}; is the host right, and does a firewall block it?",
+            True,
+            id="no-connection-in-time",
+        ),
+        pytest.param(
+            requests.exceptions.ProxyError("refused"),
+            "no connection to http://vllm.test: its proxy failed (refused); check HTTPS_PROXY and NO_PROXY",
+            True,
+            id="proxy",
+        ),
+    ],
+)
+def test_words_about_no_connection(web, raised, words, retryable):
+    if isinstance(raised.args[0], OSError):
+        raised.__cause__ = raised.args[0]
+    web.post(COMPLETIONS_URL, body=raised)
+    error = caught(web_client().complete, "Once")
+    assert (str(error), error.retryable, error.status_code) == (words, retryable, None)
+
+
+# ---- Replies: what does not fit ---------------------------------------------
+
+SHORTEN: Final = " Please reduce the length of the input prompt"
+# the server's words, the max_tokens they answer, the limit and the prompt's length in them
+OVERFLOWS: Final = [
+    pytest.param(
+        "This model's maximum context length is 2048 tokens. However, you requested 2520 tokens (2510 in the messages,"
+        " 10 in the completion). Please reduce the length of the messages or completion.",
+        10,
+        (2048, 2510),
+        id="0.10.0",
+    ),
+    pytest.param(
+        "This model's maximum context length is 2048 tokens. However, you requested 2510 tokens in the messages,"
+        " Please reduce the length of the messages.",
+        None,
+        (2048, 2510),
+        id="0.10.0-without-max-tokens",
+    ),
+    pytest.param(
+        "This model's maximum context length is 2048 tokens. However, your request has 2510 input tokens."
+        " Please reduce the length of the input messages. None",
+        None,
+        (2048, 2510),
+        id="0.11.0",
+    ),
+    pytest.param(
+        f"You passed 2510 input tokens and requested 10 output tokens. However, the model's context length is only 2048"
+        f" tokens, resulting in a maximum input length of 2038 tokens.{SHORTEN}.",
+        10,
+        (2048, 2510),
+        id="0.16",
+    ),
+    pytest.param(
+        f"You passed 99999 input characters and requested 10 output tokens. However, the model's context length is only"
+        f" 2048 tokens, resulting in a maximum input length of 2038 tokens.{SHORTEN}.",
+        10,
+        (2048, None),
+        id="0.16-characters",
+    ),
+    pytest.param(
+        "This model's maximum context length is 2048 tokens. However, you requested 10 output tokens and your prompt"
+        f" contains 2510 input tokens, for a total of 2520 tokens.{SHORTEN} or the number of requested output tokens."
+        " (parameter=input_tokens, value=2510)",
+        10,
+        (2048, 2510),
+        id="0.18",
+    ),
+    pytest.param(
+        "This model's maximum context length is 2048 tokens. However, you requested 10 output tokens and your prompt"
+        f" contains at least 2049 input tokens, for a total of at least 2059 tokens.{SHORTEN} or the number of"
+        " requested output tokens. (parameter=input_tokens, value=2049)",
+        10,
+        (2048, 2049),
+        id="0.18-at-least",
+    ),
+    pytest.param(
+        "This model's maximum context length is 2048 tokens. However, you requested 10 output tokens and your prompt"
+        f" contains 99999 characters (more than 20000 characters, which is the upper bound for 2038 input tokens)."
+        f"{SHORTEN} or the number of requested output tokens. (parameter=input_text, value=99999)",
+        10,
+        (2048, None),
+        id="0.18-characters",
+    ),
+    pytest.param(OVERFLOW_032, None, (2048, 2049), id="0.32"),
+    pytest.param(
+        "This model's maximum context length is 2048 tokens. However, your prompt contains 99999 characters (more than"
+        " 20000 characters, which is the upper bound for 2048 input tokens), which exceeds this limit even without any"
+        f" output tokens.{SHORTEN}. (parameter=input_text, value=99999)",
+        None,
+        (2048, None),
+        id="0.32-characters",
+    ),
+    pytest.param(
+        "Input length (2510) exceeds model's maximum context length (2048).",
+        None,
+        (2048, 2510),
+        id="gpt-oss-since-0.18",
+    ),
+    pytest.param("max_tokens must be at least 1, got -462.", None, (2048, 2510), id="gpt-oss-up-to-0.17"),
+    pytest.param(
+        "max_tokens must be at least 1, got 0. (parameter=max_tokens, value=0)", None, (2048, 2048), id="filled-exactly"
+    ),
+    pytest.param(
+        "The decoder prompt (length 2510) is longer than the maximum model length of 2048. Make sure that"
+        " `max_model_len` is no smaller than the number of text tokens.",
+        10,
+        (2048, 2510),
+        id="engine",
+    ),
+    pytest.param(
+        "The decoder prompt (length 2048) plus the number of requested output tokens (at least 1) is longer than the"
+        " maximum model length of 2048. Make sure that `max_model_len` is no smaller than that.",
+        10,
+        (2048, 2048),
+        id="engine-filled-exactly",
+    ),
+]
+
+
+def overflow_words(limit, count, where):
+    count = "its tokens are too many" if count is None else f"{count} tokens"
+    return f"the prompt does not fit: {count} for a context of {limit}: {where}; shorten it"
+
+
+def serve_models(web):
+    card = {"id": "parrot", "object": "model", "root": "tiny/parrot", "parent": None, "max_model_len": 2048}
+    web.get(MODELS_URL, json={"object": "list", "data": [card]})
+
+
+@pytest.mark.parametrize(("message", "max_tokens", "lengths"), OVERFLOWS)
+@pytest.mark.parametrize("how", ["status", "flat", "in-stream"])
+def test_a_prompt_that_does_not_fit(web, how, message, max_tokens, lengths):
+    serve_models(web)
+    body = error_032(message)["error"]
+    if how == "in-stream":
+        web.post(CHAT_URL, body=f"data: {json.dumps({'error': body})}\n\n{DONE}", content_type="text/event-stream")
+    else:
+        web.post(CHAT_URL, status=400, json={"error": body} if how == "status" else {"object": "error", **body})
+    error = caught(list, web_client().stream_chat("hello " * 2500, max_tokens=max_tokens))
+    if how == "in-stream" and message.startswith("max_tokens must"):
+        lengths = (None, None)  # vLLM tells these before it streams; a gateway's stream is not worth a question
+    assert type(error) is ContextLengthError
+    assert (error.limit, error.input_tokens) == lengths
+    assert str(error) == overflow_words(lengths[0] or "unknown size", lengths[1], f"POST {CHAT_URL}")
+    assert (error.status_code, error.retryable, error.server_message) == (400, False, message)
+    assert len(sent_bodies(web, CHAT_URL)) == 1
+
+
+def test_captured_overflow_of_a_completion_whose_limit_is_less_its_max_tokens(web):
+    message = (
+        "This model's maximum context length is 2043 tokens. However, your request has 2502 input tokens."
+        " Please reduce the length of the input messages."
+    )
+    web.post(COMPLETIONS_URL, status=400, json=error_032(message))
+    error = caught(web_client().complete, "hello " * 2500, max_tokens=5)
+    assert (type(error), error.limit, error.input_tokens) == (ContextLengthError, 2048, 2502)
+    assert str(error) == overflow_words(2048, 2502, f"POST {COMPLETIONS_URL}")
+
+
+def test_a_limit_that_nobody_tells(web):
+    web.get(MODELS_URL, status=404, json={"detail": "Not Found"})
+    web.post(CHAT_URL, status=400, json=error_032("max_tokens must be at least 1, got -462."))
+    error = caught(web_client().chat, "hello")
+    assert (type(error), error.limit, error.input_tokens) == (ContextLengthError, None, None)
+    assert str(error) == overflow_words("unknown size", None, f"POST {CHAT_URL}")
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        pytest.param("max_tokens must be at least 1, got -462.", id="in-disguise"),
+        pytest.param(
+            "This model's maximum context length is 2043 tokens. However, your request has 2502 input tokens.",
+            id="0.11-completions",
+        ),
+        pytest.param(OVERFLOW_032, id="0.32"),
+        pytest.param("max_tokens=5 cannot be greater than max_model_len=2048.", id="output"),
+    ],
+)
+def test_an_overflow_where_max_tokens_is_text_that_vllm_takes_for_a_number(web, message):
+    serve_models(web)
+    web.post(COMPLETIONS_URL, status=400, json=error_032(message))
+    error = caught(web_client().complete, "hello " * 2500, max_tokens="5")
+    assert isinstance(error, ContextLengthError | InvalidRequestError)
+    assert error.status_code == 400
+
+
+@pytest.mark.parametrize("max_tokens", [0, -1])
+def test_a_max_tokens_of_nothing_is_the_callers_mistake(web, max_tokens):
+    message = f"max_tokens must be at least 1, got {max_tokens}. (parameter=max_tokens, value={max_tokens})"
+    web.post(CHAT_URL, status=400, json=error_032(message))
+    error = caught(web_client().chat, "hello", max_tokens=max_tokens)
+    assert (type(error), len(web.calls)) == (InvalidRequestError, 1)
+
+
+NOT_ABOUT_LENGTH: Final = [
+    pytest.param("temperature must be non-negative, got -1.0. (parameter=temperature, value=-1.0)", id="temperature"),
+    pytest.param("max_tokens must be at most 5 for this user", id="a-gateways-quota"),
+    pytest.param("'n' is too large: it must be at most 16384", id="too-large-without-a-number"),
+    pytest.param("prompt_logprobs must be at least 0, got -3", id="other-number"),
+    pytest.param("1 validation error: max_tokens Input should be a valid integer", id="validation"),
+    pytest.param("The number of prompts (1025) exceeds the maximum of 1024", id="prompts"),
+]
+
+
+@pytest.mark.parametrize("message", NOT_ABOUT_LENGTH)
+def test_an_error_about_something_else_is_sent_once(web, message):
+    web.post(CHAT_URL, status=400, json=error_032(message))
+    error = caught(web_client().chat, "hello", max_tokens=9)
+    assert (type(error), error.server_message, len(web.calls)) == (InvalidRequestError, message, 1)
+
+
+# the server's words, the max_tokens they answer, what is sent then
+TOO_LARGE: Final = [
+    pytest.param(
+        "This model's maximum context length is 2048 tokens. However, you requested 5009 tokens (9 in the messages,"
+        " 5000 in the completion). Please reduce the length of the messages or completion.",
+        2039,
+        id="0.10.0",
+    ),
+    pytest.param(
+        "'max_tokens' or 'max_completion_tokens' is too large: 5000. This model's maximum context length is 2048 tokens"
+        " and your request has 9 input tokens (5000 > 2048 - 9). None",
+        2039,
+        id="0.11.0",
+    ),
+    pytest.param(
+        "'max_tokens' (5000) cannot be greater than the model's maximum context length (2048).", 2048, id="0.11-names-m"
+    ),
+    pytest.param(
+        f"You passed 9 input tokens and requested 5000 output tokens. However, the model's context length is only 2048"
+        f" tokens, resulting in a maximum input length of 0 tokens.{SHORTEN}.",
+        2039,
+        id="0.16",
+    ),
+    pytest.param(
+        "max_tokens=5000cannot be greater than max_model_len=max_total_tokens=2048. Please request fewer output"
+        " tokens.",
+        2048,
+        id="0.16-without-a-space",
+    ),
+    pytest.param(
+        "This model's maximum context length is 2048 tokens. However, you requested 5000 output tokens and your prompt"
+        f" contains 9 input tokens, for a total of 5009 tokens.{SHORTEN} or the number of requested output tokens."
+        " (parameter=input_tokens, value=9)",
+        2039,
+        id="0.18",
+    ),
+    pytest.param(
+        "max_tokens=5000 cannot be greater than max_model_len=2048. Please request fewer output tokens."
+        " (parameter=max_tokens, value=5000)",
+        2048,
+        id="0.32",
+    ),
+    pytest.param(
+        "max_completion_tokens=5000 cannot be greater than max_model_len=2048. Please request fewer output tokens.",
+        2048,
+        id="0.32-by-its-other-name",
+    ),
+]
+
+
+@pytest.mark.parametrize(("message", "fitting"), TOO_LARGE)
+@pytest.mark.parametrize("name", ["max_tokens", "max_completion_tokens"])
+def test_a_max_tokens_that_does_not_fit_is_lowered(web, caplog, name, message, fitting):
+    web.post(CHAT_URL, status=400, json=error_032(message))
+    web.post(CHAT_URL, json={"choices": [{"message": {"content": "Hi"}, "finish_reason": "length"}]})
+    params = {name: 5000, "temperature": 0}
+    assert web_client().chat("Once", **params).text == "Hi"
+    first, second = sent_bodies(web)
+    assert (first[name], second) == (5000, first | {name: fitting})
+    assert params == {name: 5000, "temperature": 0}
+    assert caplog.record_tuples == [
+        ("vllm_provider", logging.WARNING, f"{name}=5000 does not fit a context of 2048: sent again with {fitting}")
+    ]
+
+
+def test_a_completion_of_0_11_whose_limit_is_less_its_max_tokens(web, caplog):
+    message = (
+        "This model's maximum context length is -1952 tokens. However, your request has 5 input tokens."
+        " Please reduce the length of the input messages."
+    )
+    web.post(COMPLETIONS_URL, status=400, json=error_032(message))
+    web.post(COMPLETIONS_URL, json={"choices": [{"text": "Hi"}]})
+    assert web_client().complete("Once", max_tokens=4000).text == "Hi"
+    assert [body["max_tokens"] for body in sent_bodies(web)] == [4000, 2043]
+    assert len(caplog.records) == 1
+
+
+def test_one_server_tells_the_limit_first_and_the_prompts_length_then(web, caplog):
+    first = "max_tokens=5000 cannot be greater than max_model_len=2048. Please request fewer output tokens."
+    second = (
+        "This model's maximum context length is 2048 tokens. However, you requested 2048 output tokens and your prompt"
+        f" contains 410 input tokens, for a total of 2458 tokens.{SHORTEN}."
+    )
+    web.post(CHAT_URL, status=400, json=error_032(first))
+    web.post(CHAT_URL, status=400, json=error_032(second))
+    web.post(CHAT_URL, json={"choices": [{"message": {"content": "Hi"}}]})
+    assert web_client().chat("Once", max_tokens=5000).text == "Hi"
+    assert [body["max_tokens"] for body in sent_bodies(web)] == [5000, 2048, 1638]
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+
+
+def test_at_least_so_many_is_counted(web):
+    message = (
+        "This model's maximum context length is 2048 tokens. However, you requested 2000 output tokens and your prompt"
+        f" contains at least 49 input tokens, for a total of at least 2049 tokens.{SHORTEN}."
+    )
+    web.post(CHAT_URL, status=400, json=error_032(message))
+    web.post(TOKENIZE_URL, json={"count": 120, "max_model_len": 2048, "tokens": list(range(120))})
+    web.post(CHAT_URL, json={"choices": [{"message": {"content": "Hi"}}]})
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    assert web_client().chat("Once", max_tokens=2000, tools=tools).text == "Hi"
+    assert [body["max_tokens"] for body in sent_bodies(web, CHAT_URL)] == [2000, 1928]
+    (asked,) = sent_bodies(web, TOKENIZE_URL)
+    assert asked == {"model": "parrot", "messages": [{"role": "user", "content": "Once"}], "tools": tools}
+
+
+def test_at_least_so_many_that_nobody_can_count(web):
+    message = (
+        "This model's maximum context length is 2048 tokens. However, you requested 2000 output tokens and your prompt"
+        f" contains at least 49 input tokens, for a total of at least 2049 tokens.{SHORTEN}."
+    )
+    web.post(CHAT_URL, status=400, json=error_032(message))
+    web.post(TOKENIZE_URL, status=404, json={"detail": "Not Found"})
+    error = caught(web_client().chat, "Once", max_tokens=2000)
+    assert isinstance(error, ContextLengthError | InvalidRequestError)
+    assert len(sent_bodies(web, CHAT_URL)) == 1
+
+
+@pytest.mark.parametrize("method", ["chat", "complete"])
+def test_it_is_lowered_at_most_twice(web, caplog, method):
+    for limit in (2048, 1024, 512, 256):
+        message = f"max_tokens=9 cannot be greater than max_model_len={limit}. Please request fewer output tokens."
+        web.post(re.compile(".*"), status=400, json=error_032(message))
+    error = caught(getattr(web_client(), method), "Once", max_tokens=5000)
+    assert (type(error), error.status_code) == (InvalidRequestError, 400)
+    assert [body["max_tokens"] for body in sent_bodies(web)] == [5000, 2048, 1024]
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+
+
+def test_it_is_never_raised(web):
+    message = "max_tokens=9 cannot be greater than max_model_len=2048. Please request fewer output tokens."
+    web.post(CHAT_URL, status=400, json=error_032(message))
+    error = caught(web_client().chat, "Once", max_tokens=9)
+    assert (type(error), len(web.calls)) == (InvalidRequestError, 1)
+
+
+@pytest.mark.parametrize("status", [500, 503])
+def test_a_fault_of_the_server_is_not_about_lengths(web, status):
+    web.post(CHAT_URL, status=status, json=error_032(OVERFLOW_032, status))
+    assert type(caught(web_client().chat, "Once")) is ProviderUnavailableError
+
+
+# ---- The model to name ------------------------------------------------------
+
+
+def cards(*names, **fields):
+    return {"object": "list", "data": [{"id": name, "object": "model", **fields} for name in names]}
+
+
+@pytest.fixture
+def any_answer(web):
+    web.post(COMPLETIONS_URL, json={"choices": [{"text": "a"}]})
+    web.post(CHAT_URL, json={"choices": [{"message": {"content": "a"}}]})
+    return web
+
+
+def test_the_served_model_is_asked_for_once(any_answer):
+    any_answer.get(MODELS_URL, json=cards("parrot", "lora"))
+    client = VLLMClient(WEB)
+    client.complete("a")
+    client.chat("a")
+    list(client.stream_chat("a"))
+    assert [call.request.method for call in any_answer.calls] == ["GET", "POST", "POST", "POST"]
+    assert {
+        body["model"] for body in map(json.loads, [c.request.body for c in any_answer.calls if c.request.body])
+    } == {"parrot"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "params"),
+    [
+        pytest.param({"default_model": "mine"}, {}, id="configured"),
+        pytest.param({}, {"model": "mine"}, id="in-the-call"),
+        pytest.param({"extra_body": {"model": "mine"}}, {}, id="in-extra-body"),
+    ],
+)
+def test_a_model_that_is_named_is_not_asked_for(any_answer, settings, params):
+    VLLMClient(WEB, **settings).complete("a", **params)
+    (body,) = sent_bodies(any_answer)
+    assert body["model"] == "mine"
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        pytest.param({"status": 401, "json": {"error": "Unauthorized"}}, id="401"),
+        pytest.param({"status": 403, "json": {"error": "Forbidden"}}, id="403"),
+        pytest.param({"status": 404, "json": {"detail": "Not Found"}}, id="404"),
+        pytest.param({"status": 405, "json": {"detail": "Method Not Allowed"}}, id="405"),
+        pytest.param({"status": 501, "json": {"error": "not implemented"}}, id="501"),
+        pytest.param({"status": 200, "body": "<html>", "content_type": "text/html"}, id="html"),
+        pytest.param({"json": {"data": []}}, id="no-models"),
+        pytest.param({"json": {"models": ["a"]}}, id="another-shape"),
+        pytest.param({"json": {"data": [{"name": "a"}]}}, id="cards-without-an-id"),
+    ],
+)
+def test_models_refused_then_no_model_is_sent(any_answer, answer):
+    any_answer.get(MODELS_URL, **answer)
+    client = VLLMClient(WEB, max_retries=0)
+    assert (client.complete("a").text, client.chat("a").text) == ("a", "a")
+    assert [call.request.method for call in any_answer.calls] == ["GET", "POST", "POST"]
+    assert all("model" not in body for body in map(json.loads, [c.request.body for c in any_answer.calls[1:]]))
+
+
+@pytest.mark.parametrize("status", [500, 502, 503])
+def test_models_of_a_server_that_is_not_ready_are_an_error(any_answer, status):
+    any_answer.get(MODELS_URL, status=status)
+    error = caught(VLLMClient(WEB, max_retries=0).complete, "a")
+    assert (type(error), str(error)) == (ProviderUnavailableError, f"{status} (no message): GET {MODELS_URL}")
+
+
+NO_MODEL: Final = "The model `parrot` does not exist."
+
+
+@pytest.mark.parametrize("words", [NO_MODEL, "The model `parrot` does not exist. Valid aliases: macaw."])
+@pytest.mark.parametrize("is_stream", [False, True], ids=["whole", "stream"])
+def test_a_model_that_was_replaced_is_asked_for_once_more(web, words, is_stream):
+    web.get(MODELS_URL, json=cards("parrot"))
+    web.get(MODELS_URL, json=cards("macaw"))
+    web.post(CHAT_URL, status=404, json=error_032(words, 404, "NotFoundError"))
+    web.post(CHAT_URL, json={"choices": [{"message": {"content": "a"}}]})
+    client = VLLMClient(WEB)
+    for _ in range(2):
+        assert (next(client.stream_chat("a")) if is_stream else client.chat("a")).text == "a"
+    assert [body["model"] for body in sent_bodies(web, CHAT_URL)] == ["parrot", "macaw", "macaw"]
+    assert [call.request.url for call in web.calls].count(MODELS_URL) == 2
+
+
+@pytest.mark.parametrize(
+    ("settings", "params", "asked"),
+    [
+        pytest.param({"default_model": "nope"}, {}, "nope", id="configured"),
+        pytest.param({}, {"model": "nope"}, "nope", id="in-the-call"),
+        pytest.param({}, {}, "parrot", id="the-servers-own-though-it-lists-it"),
+    ],
+)
+def test_a_model_the_server_does_not_have(web, settings, params, asked):
+    web.get(MODELS_URL, json=cards("parrot", "macaw"))
+    web.post(CHAT_URL, status=404, json=error_032(f"The model `{asked}` does not exist.", 404))
+    error = caught(VLLMClient(WEB, **settings).chat, "a", **params)
+    assert (type(error), error.status_code) == (NotFoundError, 404)
+    assert str(error) == f"model not found: {asked!r}; the server has parrot, macaw"
+    assert len(sent_bodies(web, CHAT_URL)) == 1
+
+
+def test_a_model_not_found_where_models_are_hidden(web):
+    web.get(MODELS_URL, status=403)
+    web.post(CHAT_URL, status=404, json=error_032("The model `nope` does not exist.", 404))
+    error = caught(web_client(default_model="nope").chat, "a")
+    assert str(error) == "model not found: 'nope'; look at /v1/models"
+
+
+def test_a_path_that_is_not_found_is_no_matter_of_models(web):
+    web.post(CHAT_URL, status=404, json={"detail": "Not Found"})
+    error = caught(web_client().chat, "a")
+    assert str(error) == f"404 'Not Found': POST {CHAT_URL}{ROOT_ADVICE}"
+    assert len(web.calls) == 1
+
+
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        pytest.param(
+            [{"id": "parrot", "root": "tiny/parrot", "parent": None, "max_model_len": 2048, "permission": [{}]}],
+            [ModelCard("parrot", 2048, "tiny/parrot")],
+            id="as-vllm-sends-it",
+        ),
+        pytest.param(
+            [{"id": "base", "max_model_len": 2048}, {"id": "lora", "parent": "base", "max_model_len": None}],
+            [ModelCard("base", 2048), ModelCard("lora", 2048, None, "base")],
+            id="a-lora-has-its-bases-limit",
+        ),
+        pytest.param(
+            [{"id": "lora", "parent": "base"}, {"id": "base", "max_model_len": 2048}, {"id": "odd", "parent": "gone"}],
+            [ModelCard("lora", 2048, None, "base"), ModelCard("base", 2048), ModelCard("odd", None, None, "gone")],
+            id="in-any-order",
+        ),
+        pytest.param([{"id": "gateway"}], [ModelCard("gateway")], id="a-gateway-knows-no-limit"),
+        pytest.param([], [], id="none"),
+        pytest.param(
+            [{"id": "a"}, {"id": "a"}], [ModelCard("a"), ModelCard("a")], id="a-gateway-lists-one-for-each-replica"
+        ),
+    ],
+)
+def test_models(web, data, expected):
+    web.get(MODELS_URL, json={"object": "list", "data": data})
+    assert web_client().models() == expected
+
+
+@pytest.mark.parametrize("payload", [{}, {"data": None}, {"data": [{}]}, {"data": ["parrot"]}, {"data": {"id": "a"}}])
+def test_models_in_another_shape(web, payload):
+    web.get(MODELS_URL, json=payload)
+    error = caught(web_client().models)
+    assert (type(error), str(error)) == (
+        ProtocolError,
+        f"not the list of models vLLM sends: GET {MODELS_URL}{ROOT_ADVICE}",
+    )
+
+
+# ---- Stream decoder ---------------------------------------------------------
+
+U2028: Final = "\u2028\u2029\x85\x0b\x0c\x1c"
+SSE_CASES: Final = [
+    # the examples of the HTML standard, section 9.2.6
+    pytest.param(b"data: YHOO\ndata: +2\ndata: 10\n\n", ["YHOO\n+2\n10"], id="standard-several-lines"),
+    pytest.param(
+        b": test stream\n\ndata: first event\nid: 1\n\ndata:second event\nid\n\ndata:  third event",
+        ["first event", "second event"],
+        id="standard-comment-fields-and-an-end-without-a-blank-line",
+    ),
+    pytest.param(b"data\n\ndata\ndata\n\ndata:", ["", "\n"], id="standard-empty-data"),
+    pytest.param(b"data:test\n\ndata: test\n\n", ["test", "test"], id="standard-one-space-is-dropped"),
+    pytest.param(b"data:  two\n\ndata:\ttab\n\n", [" two", "\ttab"], id="only-one-and-only-a-space"),
+    # line ends
+    pytest.param(b"data: a\n\ndata: b\n\n", ["a", "b"], id="lf"),
+    pytest.param(b"data: a\r\n\r\ndata: b\r\n\r\n", ["a", "b"], id="crlf"),
+    pytest.param(b"data: a\r\rdata: b\r\r", ["a", "b"], id="cr"),
+    pytest.param(b"data: a\r\n\ndata: b\n\r\ndata: c\r\r\n", ["a", "b", "c"], id="mixed"),
+    pytest.param(b"data: a\n\r", ["a"], id="lf-then-cr-are-two-ends"),
+    pytest.param(b"data: a\r\ndata: b\r\n\r\n", ["a\nb"], id="crlf-is-one-end"),
+    pytest.param(b"\n\n\r\r\n\ndata: a\n\n\n\n", ["a"], id="blank-lines-are-no-events"),
+    pytest.param(b"data: a\n\ndata: b\rdata: c\n\n", ["a", "b\nc"], id="cr-inside-what-looks-like-one-line"),
+    pytest.param(f"data: a{U2028}b\n\n".encode(), [f"a{U2028}b"], id="no-other-character-ends-a-line"),
+    # the byte order mark
+    pytest.param(b"\xef\xbb\xbfdata: a\n\n", ["a"], id="bom"),
+    pytest.param(b"\xef\xbb\xbf\xef\xbb\xbfdata: a\n\ndata: b\n\n", ["b"], id="one-bom"),
+    pytest.param(b"data: a\n\n\xef\xbb\xbfdata: b\n\ndata: c\n\n", ["a", "c"], id="bom-only-at-the-start"),
+    pytest.param(b"\n\xef\xbb\xbfdata: a\n\ndata: b\n\n", ["b"], id="not-on-the-second-line"),
+    pytest.param(b"data: \xef\xbb\xbfa\n\n", ["\ufeffa"], id="a-bom-in-data-is-data"),
+    # fields
+    pytest.param(b": keep-alive\n\n:\n\n: \n\ndata: a\n\n", ["a"], id="0.29-comments"),
+    pytest.param(b"data: a\n: in between\ndata: b\n\n", ["a\nb"], id="a-comment-inside"),
+    pytest.param(b"event: delta\ndata: a\nid: 1\nretry: 5\n\n", ["a"], id="other-fields"),
+    pytest.param(b"event: ping\n\ndata: a\n\n", ["a"], id="an-event-without-data-is-none"),
+    pytest.param(b"Data: a\n data: b\ndata : c\ndatax: d\nxdata: e\n\n", [], id="names-are-exact"),
+    pytest.param(b"data: a: b\n\n", ["a: b"], id="a-colon-in-data"),
+    pytest.param(b"data: \n\ndata:\n\n", ["", ""], id="nothing-in-data"),
+    pytest.param(b"data: data: a\n\n", ["data: a"], id="data-in-data"),
+    # vLLM
+    pytest.param(b'data: {"a": "\\n"}\n\ndata: [DONE]\n\n', ['{"a": "\\n"}', "[DONE]"], id="as-vllm-sends-them"),
+    pytest.param("data: こんにちは 🌸🚀é\n\n".encode(), ["こんにちは 🌸🚀é"], id="cuts-inside-a-letter"),
+    pytest.param(b"data: \xff\xe3\x81a\n\n", ["\ufffd\ufffda"], id="what-is-not-utf-8"),
+    pytest.param(b"data: [DONE]\n", [], id="an-event-ends-with-a-blank-line"),
+    pytest.param(b"data: [DONE]", [], id="and-a-line-with-its-end"),
+    pytest.param(b"", [], id="nothing"),
+]
+
+
+def fed_to(decoder, *pieces):
+    return [event for piece in pieces for event in decoder.feed(piece)]
+
+
+def fed(pieces):
+    return fed_to(_SSEDecoder(), *pieces)
+
+
+@pytest.mark.parametrize(("raw", "events"), SSE_CASES)
+def test_sse(raw, events):
+    assert fed([raw]) == events
+    assert fed(bytes([byte]) for byte in raw) == events
+    assert fed([b"", raw, b""]) == events
+    for cut in range(len(raw) + 1):
+        assert fed([raw[:cut], raw[cut:]]) == events, cut
+    for first, second in itertools.combinations(range(len(raw) + 1), 2):
+        assert fed([raw[:first], raw[first:second], raw[second:]]) == events, (first, second)
+
+
+def test_sse_as_one_stream_of_every_case():
+    """Run the cases that end with a blank line after each other, in pieces of every small size."""
+    cases = [case.values for case in SSE_CASES if case.values[0].endswith((b"\n\n", b"\r\r", b"\r\n\r\n"))]
+    raw = b"".join(case[0].removeprefix(b"\xef\xbb\xbf") for case in cases if case[0].count(b"\xef\xbb\xbf") < 2)
+    events = [event for case in cases if case[0].count(b"\xef\xbb\xbf") < 2 for event in case[1]]
+    for size in (*range(1, 40), 997, len(raw)):
+        assert fed(raw[start : start + size] for start in range(0, len(raw), size)) == events, size
+
+
+def test_an_event_is_told_as_soon_as_its_blank_line_is_there():
+    decoder = _SSEDecoder()
+    assert [decoder.feed(bytes([byte])) for byte in b"data: a\n\ndata: b\r\r\n"] == [
+        *[[]] * 8,
+        ["a"],
+        *[[]] * 8,
+        ["b"],
+        [],
+    ]
+
+
+PIECE: Final = b"x" * 65536
+BOUND: Final = 16 * 1024 * 1024
+
+
+def test_an_event_of_the_largest_size_is_taken():
+    decoder = _SSEDecoder()
+    room = BOUND - len(b"data: ")
+    decoder.feed(b"data: ")
+    for _ in range(room // len(PIECE)):
+        assert decoder.feed(PIECE) == []
+    decoder.feed(PIECE[: room % len(PIECE)])
+    (event,) = decoder.feed(b"\n\n")
+    assert len(event) == room
+    assert fed_to(decoder, b"data: ne", b"xt\n\n") == ["next"]  # the count starts anew
+
+
+@pytest.mark.parametrize(
+    ("start", "piece"),
+    [
+        pytest.param(b"data: ", PIECE, id="a-line-without-end"),
+        pytest.param(b"", b"data: " + PIECE + b"\n", id="an-event-without-end"),
+        pytest.param(b": ", PIECE, id="a-comment-without-end"),
+        pytest.param(b"", b"data:\n" * 10_000, id="many-empty-lines-of-data"),
+    ],
+)
+def test_a_larger_event_is_refused(start, piece):
+    decoder = _SSEDecoder()
+    decoder.feed(start)
+    for _ in range(BOUND // len(piece) - 1):
+        assert decoder.feed(piece) == []  # not before its time
+    error = caught(lambda: [decoder.feed(piece) or decoder.check() for _ in range(BOUND // len(piece))])
+    assert (type(error), str(error)) == (ProtocolError, f"an event of the stream is larger than {BOUND} bytes")
+
+
+def test_much_that_is_no_event_is_no_event_too_large():
+    decoder = _SSEDecoder()
+    for _ in range(BOUND // len(PIECE) + 2):
+        assert decoder.feed(b": " + PIECE + b"\n\n") == []
+
+
+# ---- Splitters --------------------------------------------------------------
+
+THINK_CASES: Final = [
+    pytest.param(False, "<think>Hm.</think>4", "4", "Hm.", id="as-usual"),
+    pytest.param(
+        False, "<think>\nHm.\n</think>\n\n4", "\n\n4", "\nHm.\n", id="line-breaks-are-kept-as-a-server-keeps-them"
+    ),
+    pytest.param(False, "4", "4", "", id="no-tag"),
+    pytest.param(False, "", "", "", id="nothing"),
+    pytest.param(False, "<think>Hm", "", "Hm", id="unterminated-is-all-reasoning"),
+    pytest.param(False, "<think>", "", "", id="the-tag-alone"),
+    pytest.param(False, "<think></think>", "", "", id="empty"),
+    pytest.param(False, "<think></think>4", "4", "", id="no-thought"),
+    pytest.param(False, "<thin", "<thin", "", id="half-a-tag-is-text"),
+    pytest.param(False, "<thinking>a</thinking>", "<thinking>a</thinking>", "", id="another-tag"),
+    pytest.param(False, "<b>a</b>", "<b>a</b>", "", id="html"),
+    pytest.param(False, "< think>", "< think>", "", id="not-quite"),
+    pytest.param(False, "<<think>a</think>", "<<think>a</think>", "", id="not-at-the-start"),
+    pytest.param(False, "say <think>a</think>", "say <think>a</think>", "", id="a-mention"),
+    pytest.param(False, "a</think>b", "a</think>b", "", id="only-its-end"),
+    pytest.param(False, "\n<think>a</think>b", "b", "a", id="a-line-break-before"),
+    pytest.param(False, "\n\n<think>a</think>b", "b", "a", id="two-before"),
+    pytest.param(False, "\n\n4", "\n\n4", "", id="line-breaks-of-an-answer-are-kept"),
+    pytest.param(False, "          4", "          4", "", id="so-is-an-indent"),
+    pytest.param(False, "<think>a</thin", "", "a</thin", id="half-an-end"),
+    pytest.param(False, "<think>a</thin k></think>b", "b", "a</thin k>", id="what-only-looks-like-an-end"),
+    pytest.param(False, "<think>a<</think>b", "b", "a<", id="two-brackets"),
+    pytest.param(False, "<think>a</</think>b", "b", "a</", id="an-end-that-begins-anew"),
+    pytest.param(False, "<think>1 < 2</think>b", "b", "1 < 2", id="less-than"),
+    pytest.param(False, "<think>a</think><think>b</think>c", "<think>b</think>c", "a", id="only-the-first"),
+    pytest.param(False, "<think>a<think>b</think>c", "c", "a<think>b", id="one-inside"),
+    pytest.param(False, "<think>世界🌸</think>é\u2028", "é\u2028", "世界🌸", id="beyond-ascii"),
+    pytest.param(True, "Hm.\n</think>\n\n4", "\n\n4", "Hm.\n", id="opened-by-the-prompt"),
+    pytest.param(True, "Hm", "", "Hm", id="opened-and-unterminated"),
+    pytest.param(True, "", "", "", id="opened-and-nothing"),
+    pytest.param(True, "</think>4", "4", "", id="opened-and-closed-at-once"),
+    pytest.param(True, "a</think>b</think>c", "b</think>c", "a", id="opened-the-first-end-counts"),
+    pytest.param(True, "a</", "", "a</", id="opened-half-an-end"),
+    pytest.param(True, "<think>a</think>b", "b", "a", id="opened-and-opened-again-as-a-server-drops-it"),
+    pytest.param(True, "<thin", "", "<thin", id="opened-and-half-a-tag"),
+]
+
+
+def split_by(splitter, pieces):
+    """Return the text, the reasoning and the calls of pieces fed in turn, with the end told after them."""
+    told_parts = [splitter.feed(piece) for piece in pieces] + [splitter.feed("", ended=True)]
+    texts, reasonings, calls = zip(*told_parts, strict=True)
+    return "".join(texts), "".join(reasonings), list(itertools.chain.from_iterable(calls))
+
+
+def every_cut(text):
+    """Yield a text whole, in single characters, and at every cut and pair of cuts."""
+    yield [text]
+    yield list(text)
+    yield ["", *itertools.chain.from_iterable((character, "") for character in text)]
+    for first, second in itertools.combinations(range(len(text) + 1), 2):
+        yield [text[:first], text[first:second], text[second:]]
+
+
+@pytest.mark.parametrize(("opened", "raw", "text", "reasoning"), THINK_CASES)
+def test_think(opened, raw, text, reasoning):
+    for pieces in every_cut(raw):
+        assert split_by(_ThinkSplitter(opened), pieces) == (text, reasoning, []), pieces
+    assert _ThinkSplitter(opened).feed(raw, ended=True) == (text, reasoning, [])
+
+
+@pytest.mark.parametrize("blanks", ["", " ", "\n", "\n\n", "\n \n", "\r\n\r\n", " " * 7, " " * 8, " " * 9, "\n" * 40])
+def test_blanks_before_the_tag_mean_the_same_at_every_cut(blanks):
+    raw = f"{blanks}<think>a</think>b"
+    expected = split_by(_ThinkSplitter(), [raw])
+    assert expected in [("b", "a", []), (blanks + "b", "a", []), (raw, "", [])]
+    for pieces in every_cut(raw):
+        assert split_by(_ThinkSplitter(), pieces) == expected, pieces
+
+
+@pytest.mark.parametrize("opened", [False, True])
+@pytest.mark.parametrize(
+    "raw", ["<think>" + "a</thin" * 9 + "</think>" + "b<" * 9, " " * 30 + "<think>a", "<" * 30, "a" * 30]
+)
+def test_think_holds_back_no_more_than_a_tag(opened, raw):
+    splitter, shown = _ThinkSplitter(opened), 0
+    for fed_so_far, character in enumerate(raw, 1):
+        text, reasoning, _ = splitter.feed(character)
+        shown += len(text) + len(reasoning)
+        markup = len("<think>") * ("<think>" in raw[:fed_so_far]) + len("</think>") * ("</think>" in raw[:fed_so_far])
+        assert fed_so_far - shown <= len("</think>") + markup
+
+
+CALL_1: Final = [("call_1", "get_weather", '{"city":"Paris"}')]
+HARMONY_CASES: Final = [
+    # captured beside their counterparts from the chat endpoint
+    pytest.param(HARMONY_HELLO, "2 + 2 = 4", "Two plus two equals four.", [], id="captured-2+2"),
+    pytest.param(HARMONY_CALL_TEXT, "", "I need the tool.", CALL_1, id="captured-tools"),
+    pytest.param(
+        "<|channel|>analysis<|message|>Now Rome.<|end|><|start|>assistant to=functions.get_weather<|channel|>commentary"
+        ' json<|message|>{"city":"Rome"}',
+        "",
+        "Now Rome.",
+        [("call_1", "get_weather", '{"city":"Rome"}')],
+        id="captured-two-2-the-recipient-before-the-channel",
+    ),
+    pytest.param(
+        "<|channel|>analysis<|message|>Say it first.<|end|><|start|>assistant<|channel|>commentary<|message|>I will"
+        " check the weather first.<|end|><|start|>assistant<|channel|>commentary to=functions.get_weather "
+        '<|constrain|>json<|message|>{"city":"Paris"}',
+        "I will check the weather first.",
+        "Say it first.",
+        CALL_1,
+        id="captured-preamble-is-text",
+    ),
+    pytest.param("<|channel|>final<|message|>ok", "ok", "", [], id="captured-noanalysis"),
+    pytest.param(
+        "<|channel|>analysis<|message|>JSON.<|end|><|start|>assistant<|channel|>final <|constrain|>json"
+        '<|message|>{"answer": 4}',
+        '{"answer": 4}',
+        "JSON.",
+        [],
+        id="captured-json-constrained-final",
+    ),
+    pytest.param(
+        "<|channel|>analysis<|message|>Use hiragana.<|end|><|start|>assistant<|channel|>final"
+        "<|message|>こんにちは、世界 🌸🚀",
+        "こんにちは、世界 🌸🚀",
+        "Use hiragana.",
+        [],
+        id="captured-japanese",
+    ),
+    # ends, as include_stop_str_in_output shows them
+    pytest.param("<|channel|>final<|message|>ok<|return|>", "ok", "", [], id="return"),
+    pytest.param(HARMONY_CALL_TEXT + "<|call|>", "", "I need the tool.", CALL_1, id="call"),
+    pytest.param("<|channel|>final<|message|>ok<|endoftext|>", "ok", "", [], id="endoftext"),
+    pytest.param(
+        "<|channel|>analysis<|message|>a<|start|>assistant<|channel|>final<|message|>b", "b", "a", [], id="no-end"
+    ),
+    # cut by max_tokens
+    pytest.param("<|channel|>analysis<|message|>Two plus", "", "Two plus", [], id="cut-in-the-reasoning"),
+    pytest.param("<|channel|>anal", "", "", [], id="cut-in-a-header"),
+    pytest.param(
+        "<|channel|>analysis<|message|>a<|end|><|start|>assistant<|chan", "", "a", [], id="cut-in-the-next-one"
+    ),
+    pytest.param(
+        "<|channel|>commentary to=functions.get_weather <|constrain|>json<|message|>",
+        "",
+        "",
+        [("call_1", "get_weather", "")],
+        id="cut-before-the-arguments",
+    ),
+    pytest.param(
+        '<|channel|>commentary to=functions.get_weather <|constrain|>json<|message|>{"ci',
+        "",
+        "",
+        [("call_1", "get_weather", '{"ci')],
+        id="cut-in-the-arguments",
+    ),
+    pytest.param("<|channel|>final<|message|>a<|en", "a<|en", "", [], id="cut-in-what-might-have-been-an-end"),
+    pytest.param("", "", "", [], id="nothing"),
+    # what only looks like markup
+    pytest.param("<|channel|>final<|message|>1 <| 2 < 3 <|x|> <", "1 <| 2 < 3 <|x|> <", "", [], id="brackets-are-text"),
+    pytest.param("<|channel|>final<|message|>a<<|end|>", "a<", "", [], id="two-brackets"),
+    pytest.param("<|channel|>final<|message|>a<|e<|end|>", "a<|e", "", [], id="an-end-that-begins-anew"),
+    pytest.param("<|channel|>final<|message|>to=me <think>", "to=me <think>", "", [], id="a-recipient-in-a-body"),
+    # two calls, and none of ours
+    pytest.param(
+        "<|channel|>commentary to=functions.f<|message|>{}<|call|><|start|>assistant<|channel|>commentary"
+        " to=functions.g <|constrain|>json<|message|>[]",
+        "",
+        "",
+        [("call_1", "f", "{}"), ("call_2", "g", "[]")],
+        id="two-calls",
+    ),
+    pytest.param(
+        "<|channel|>analysis<|message|>a<|end|><|start|>assistant<|channel|>analysis<|message|>b<|end|><|start|>assistant"
+        "<|channel|>final<|message|>c<|end|><|start|>assistant<|channel|>final<|message|>d",
+        "cd",
+        "ab",
+        [],
+        id="a-channel-twice",
+    ),
+    pytest.param(" <|channel|>final<|message|>\n\nok\n", "\n\nok\n", "", [], id="white-space-is-kept"),
+]
+
+
+def joined_calls(pieces):
+    """Return the id, name and arguments of the calls that pieces in the shape of a chat delta tell."""
+    calls = {}
+    for piece in pieces:
+        call = calls.setdefault(piece["index"], ["", "", ""])
+        call[0] += piece.get("id", "")
+        call[1] += piece["function"].get("name", "")
+        call[2] += piece["function"].get("arguments", "")
+    return [tuple(call) for _, call in sorted(calls.items())]
+
+
+def harmony_cuts(text):
+    """Yield a text whole, by characters, at every cut, and as the tokens a model writes."""
+    yield [text]
+    yield list(text)
+    yield from ([text[:cut], text[cut:]] for cut in range(len(text) + 1))
+    yield re.findall(r"<\|\w+\|>|\w+|\W", text)
+    for size in range(2, 14):
+        yield [text[start : start + size] for start in range(0, len(text), size)]
+
+
+@pytest.mark.parametrize(("raw", "text", "reasoning", "calls"), HARMONY_CASES)
+def test_harmony(raw, text, reasoning, calls):
+    for pieces in harmony_cuts(raw):
+        found = split_by(_HarmonySplitter(), pieces)
+        assert (*found[:2], joined_calls(found[2])) == (text, reasoning, calls), pieces
+    found = _HarmonySplitter().feed(raw, ended=True)
+    assert (*found[:2], joined_calls(found[2])) == (text, reasoning, calls)
+
+
+def test_harmony_shows_a_body_as_it_comes():
+    splitter = _HarmonySplitter()
+    pieces = ["<|channel|>", "analysis", "<|message|>", "Two", " plus", "<|end|>", "<|start|>", "assistant"]
+    pieces += ["<|channel|>", "final", "<|message|>", "4", ""]
+    told_parts = [splitter.feed(piece)[:2] for piece in pieces]
+    assert [part for part in told_parts if part != ("", "")] == [("", "Two"), ("", " plus"), ("4", "")]
+
+
+def test_harmony_holds_back_no_more_of_a_body_than_a_tag():
+    head, raw = "<|channel|>final<|message|>", "a<|endoftex" * 9 + "b<" * 9
+    splitter, shown = _HarmonySplitter(), 0
+    splitter.feed(head)
+    for count, character in enumerate(raw, 1):
+        shown += len(splitter.feed(character)[0])
+        assert count - shown < len("<|endoftext|>")
+
+
+# ---- A real server ----------------------------------------------------------
+
+
+@pytest.fixture
+def live():
+    """A client of the server that the environment names."""
+    with VLLMClient(os.environ["VLLM_LIVE_URL"]) as client:
+        yield client
+
+
+@pytest.mark.live
+@pytest.mark.parametrize("method", ["complete", "chat"])
+def test_live_logprobs_have_one_shape(live, method):
+    reply = getattr(live, method)("What is 2+2?", temperature=0, max_tokens=8, logprobs=2, return_token_ids=True)
+    assert len(reply.logprobs) == len(reply.choices[0].token_ids) == reply.usage.output_tokens > 0
+    for one, token_id in zip(reply.logprobs, reply.choices[0].token_ids, strict=True):
+        assert 0 < one.probability <= 1
+        assert one.token_id == token_id
+        assert one.top == tuple(sorted(one.top, key=lambda other: -other.logprob))
+        assert 1 <= len(one.top) <= 2
+
+
+@pytest.mark.live
+@pytest.mark.parametrize("method", ["complete", "chat"])
+def test_live_prompt_too_long(live, method):
+    limit = live.models()[0].max_model_len
+    error = caught(getattr(live, method), "hello " * (limit + 50), max_tokens=1)
+    assert (type(error), error.limit) == (ContextLengthError, limit)
+    assert error.input_tokens > limit
+
+
+@pytest.mark.live
+@pytest.mark.parametrize("method", ["complete", "chat"])
+def test_live_max_tokens_too_large(live, caplog, method):
+    limit = live.models()[0].max_model_len
+    reply = getattr(live, method)("What is 2+2?", temperature=0, max_tokens=limit + 1, stop=["4"])
+    assert reply.finish_reason in ("stop", "length")
+    assert [record.levelname for record in caplog.records if record.name == "vllm_provider"] == ["WARNING"]
+
+
+@pytest.mark.live
+def test_live_errors_have_their_kind(live):
+    assert type(caught(live.chat, "Hi", temperature=-1)) is InvalidRequestError
+    assert type(caught(live.chat, "Hi", model="nope")) is NotFoundError
+    error = caught(list, live.stream_complete("Hi", logprobs=500))
+    assert str(error).endswith("; ask for fewer, or start vLLM with --max-logprobs N")
+
+
+# ---- Transport: what the tests share ----------------------------------------
+
+PROMPT: Final = "The capital of France is"
+NEVER: Final = 30.0  # seconds: a limit that no test reaches
+IN_TIME: Final = 3.0  # seconds: what "at once" may take on a busy machine
+VLLM_LIVE_URL: Final = os.environ.get("VLLM_LIVE_URL", "")
+
+# Self-signed for 127.0.0.1, localhost and vllm.test, valid from 2020 to 2120; the key is no secret.
+TLS_CERTIFICATE: Final = """\
+-----BEGIN CERTIFICATE-----
+MIIBgTCCASagAwIBAgIBATAKBggqhkjOPQQDAjATMREwDwYDVQQDDAhzdGFuZC1p
+bjAgFw0yMDAxMDEwMDAwMDBaGA8yMTIwMDEwMTAwMDAwMFowEzERMA8GA1UEAwwI
+c3RhbmQtaW4wWTATBgcqhkjOPQIBBggqhkjOPQMBBwNCAASyk25t6kf5hE+JhVE3
+EKmB0GDaC1tiGMCjMI+ILoSWcjKzEV0xgLsAO4s2Lhqne2/Q2SSui4IBQ7lfSKqP
+4Ndno2kwZzAPBgNVHRMBAf8EBTADAQH/MA4GA1UdDwEB/wQEAwIChDAdBgNVHQ4E
+FgQUKH1URpYUrqe3kklKCRrRJSgkg+MwJQYDVR0RBB4wHIcEfwAAAYIJbG9jYWxo
+b3N0ggl2bGxtLnRlc3QwCgYIKoZIzj0EAwIDSQAwRgIhAOcl6wbaT8F2fZF5rChP
+miNF7r7d7mEBPYdtF9tjvz8sAiEAhVm+2/fdPd+Z2H0s1THWvbiTeRl+TErvq6m7
+5fJpxlM=
+-----END CERTIFICATE-----
+"""
+TLS_KEY: Final = """\
+-----BEGIN PRIVATE KEY-----
+MIGHAgEAMBMGByqGSM49AgEGCCqGSM49AwEHBG0wawIBAQQg5NyS+oHf+qgmzYj/
+baroAPdCgjuhw9UCtzGtLXnUC+OhRANCAASyk25t6kf5hE+JhVE3EKmB0GDaC1ti
+GMCjMI+ILoSWcjKzEV0xgLsAO4s2Lhqne2/Q2SSui4IBQ7lfSKqP4Ndn
+-----END PRIVATE KEY-----
+"""
+
+
+def text_event(text: str, **more: Any) -> dict[str, Any]:
+    """Return an event of `/v1/completions` with its least fields."""
+    return {"choices": [{"index": 0, "text": text, **more}]}
+
+
+class InThread:
+    """A function at work in a thread of its own."""
+
+    def __init__(self, function: Callable[..., Any], *args: Any) -> None:
+        self._outcome: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, args=(function, *args), daemon=True)
+        self._thread.start()
+
+    def _run(self, function: Callable[..., Any], *args: Any) -> None:
+        try:
+            self._outcome.put(function(*args))
+        except BaseException as error:  # noqa: BLE001 - it is the outcome
+            self._outcome.put(error)
+
+    def is_at_work(self) -> bool:
+        return self._thread.is_alive()
+
+    def outcome(self, timeout_s: float = 10.0) -> Any:
+        """Return what the function returned or raised, once its thread has ended."""
+        outcome = self._outcome.get(timeout=timeout_s)
+        self._thread.join(timeout_s)
+        assert not self._thread.is_alive()
+        return outcome
+
+
+def wait_until(is_so: Callable[[], object], timeout_s: float = 10.0) -> None:
+    ends = time.monotonic() + timeout_s
+    while not is_so():
+        assert time.monotonic() < ends, "it has not come about in time"
+        time.sleep(0.001)
+
+
+def error_of(function: Callable[..., Any], *args: Any, **options: Any) -> VLLMError:
+    """Return the error that a call must end in."""
+    with pytest.raises(VLLMError) as caught:
+        function(*args, **options)
+    return caught.value
+
+
+@pytest.fixture
+def server() -> Iterator[StandIn]:
+    with StandIn() as one:
+        yield one
+
+
+@pytest.fixture
+def connect(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., VLLMClient]]:
+    """Return a function that makes a client of a StandIn or a URL, in an environment that names no proxy."""
+    for name in ("http_proxy", "https_proxy", "all_proxy", "no_proxy", "requests_ca_bundle", "curl_ca_bundle", "netrc"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.upper(), raising=False)
+    with contextlib.ExitStack() as stack:
+
+        def make(server: StandIn | str, **settings: Any) -> VLLMClient:
+            url = server if isinstance(server, str) else server.url
+            return stack.enter_context(VLLMClient(url, **{"default_model": MODEL, **settings}))
+
+        yield make
+
+
+class Pauses(list[float]):
+    """The seconds of the pauses taken; `on_pause` is called in each."""
+
+    on_pause: Callable[[], object] = staticmethod(lambda: None)
+
+
+@pytest.fixture
+def pauses(monkeypatch: pytest.MonkeyPatch) -> Pauses:
+    """Return the pauses between attempts: none is slept, and the random part of each is at its longest."""
+    taken = Pauses()
+    wait = threading.Event.wait
+
+    def pause(event: threading.Event, timeout: float | None = None) -> bool:
+        if timeout is None:
+            return wait(event)
+        taken.append(timeout)
+        taken.on_pause()
+        return event.is_set()
+
+    monkeypatch.setattr(threading.Event, "wait", pause)
+    monkeypatch.setattr(random, "uniform", lambda _low, high: high)
+    return taken
+
+
+@pytest.fixture(scope="session")
+def tls_files(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    """Return the paths of the certificate and of its key."""
+    folder = tmp_path_factory.mktemp("tls")
+    for name, text in (("cert.pem", TLS_CERTIFICATE), ("key.pem", TLS_KEY)):
+        (folder / name).write_text(text)
+    return str(folder / "cert.pem"), str(folder / "key.pem")
+
+
+@pytest.fixture
+def vllm_test_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the names vllm.test and other.test stand for this machine, which no rule for loopback knows."""
+    look_up = socket.getaddrinfo
+
+    def getaddrinfo(host: Any, *args: Any, **options: Any) -> Any:
+        return look_up("127.0.0.1" if str(host).endswith(".test") else host, *args, **options)
+
+    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+
+
+def url_of(listener: socket.socket, scheme: str = "http") -> str:
+    return f"{scheme}://127.0.0.1:{listener.getsockname()[1]}"
+
+
+def closed_port() -> int:
+    """Return a port on which nobody listens."""
+    with socket.create_server(("127.0.0.1", 0)) as one:
+        return one.getsockname()[1]
+
+
+# ---- Transport: streams -----------------------------------------------------
+
+
+def test_a_stream_of_completions(server, connect):
+    stream = connect(server).stream_complete(PROMPT, max_tokens=9)
+    assert stream.completion.total_s is None
+    texts, deltas = [], []
+    for delta in stream:
+        deltas.append(delta)
+        texts.append(stream.completion.text)
+    assert deltas == [Delta(text=" Paris"), Delta(text="."), Delta(finish_reason="stop")]
+    assert texts == [" Paris", " Paris.", " Paris."]
+    whole = stream.completion
+    assert whole.choices == (Choice(text=" Paris.", finish_reason="stop"),)
+    assert whole.usage == Usage(5, 3, 8, cached_tokens=0)
+    assert whole.id == f"cmpl-{whole.request_id}-1"
+    assert (whole.model, whole.payload["object"], "choices" in whole.payload) == (MODEL, "text_completion", False)
+    assert 0 < whole.first_token_s <= whole.total_s < IN_TIME
+    assert whole.total_s == stream.completion.total_s
+    sent = {
+        "model": MODEL,
+        "prompt": PROMPT,
+        "max_tokens": 9,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+    }
+    assert server.requests[0].body == sent
+
+
+def test_a_stream_of_chat(server, connect):
+    with connect(server).stream_chat("What is 2+2?") as stream:
+        deltas = list(stream)
+    assert "".join(delta.text for delta in deltas) == stream.completion.text == "\n\n2 + 2 = 4"
+    assert "".join(delta.reasoning for delta in deltas) == stream.completion.reasoning
+    assert stream.completion.reasoning == "\nTwo plus two equals four.\n"
+    assert stream.completion.finish_reason == "stop"
+    assert stream.completion.usage.reasoning_tokens == 8
+    assert [request.path for request in server.requests] == ["/v1/chat/completions"]
+
+
+def test_first_token_is_not_the_role(server, connect):
+    role = {"choices": [{"index": 0, "delta": {"role": "assistant", "content": ""}}]}
+    word = {"choices": [{"index": 0, "delta": {"content": "Hi"}}]}
+    is_role_sent = threading.Event()
+
+    def step(connection: Connection) -> None:
+        connection.send(SSE_HEAD + chunk(role))
+        is_role_sent.set()
+        connection.pause(0.1)
+        connection.send(chunk(word) + chunk("[DONE]") + LAST_CHUNK)
+
+    server.script(step)
+    stream = connect(server).stream_chat("Hello")
+    assert list(stream) == [Delta(text="Hi")]
+    assert stream.completion.first_token_s >= 0.1
+
+
+def test_entering_a_stream_sends_the_request_and_loses_nothing(server, connect):
+    stream = connect(server).stream_complete(PROMPT)
+    assert server.requests == []
+    with stream:
+        assert len(server.requests) == 1
+        assert [delta.text for delta in stream] == [" Paris", ".", ""]
+
+
+def test_entering_a_stream_raises_what_is_wrong(server, connect):
+    with pytest.raises(InvalidRequestError, match="non-empty"), connect(server).stream_complete(""):
+        pytest.fail("entered")
+
+
+CUT_EVENTS: Final = [text_event("a"), text_event("é"), text_event("c", finish_reason="stop"), "[DONE]"]
+CUT_RAW: Final = [
+    b"data: " + (e if isinstance(e, str) else json.dumps(e, separators=(",", ":"))).encode() + b"\n\n"
+    for e in CUT_EVENTS
+]
+CUT_BODY: Final = b"".join(CUT_RAW)
+PLAIN_HEAD: Final = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream; charset=utf-8\r\n"
+LENGTH_HEAD: Final = PLAIN_HEAD + b"content-length: %d\r\n\r\n" % len(CUT_BODY)
+
+
+@pytest.mark.parametrize(
+    ("head", "pieces", "step_size"),
+    [
+        pytest.param(SSE_HEAD, CUT_RAW, 1, id="chunked-as-vllm-does"),
+        pytest.param(SSE_HEAD, [b"".join(CUT_RAW[:2]), b"".join(CUT_RAW[2:])], 3, id="two-events-in-a-chunk"),
+        pytest.param(SSE_HEAD, [bytes([byte]) for byte in CUT_BODY], 7, id="a-chunk-for-each-byte"),
+        pytest.param(PLAIN_HEAD + b"connection: close\r\n\r\n", None, 1, id="until-it-closes"),
+        pytest.param(LENGTH_HEAD, None, 3, id="content-length"),
+    ],
+)
+def test_a_stream_cut_at_every_byte_keeps_its_whole_events(server, connect, head, pieces, step_size):
+    client = connect(server, max_retries=0)
+    body = CUT_BODY if pieces is None else b"".join(map(chunk, pieces))
+    for size in range(0, len(body) + 1, step_size):
+
+        def step(connection: Connection, raw: bytes = head + body[:size]) -> None:
+            connection.send(raw)
+            connection.close()
+
+        surely, at_most = (body[:size].count(b"\n\n"),) * 2 if pieces is None else _events_in_chunks(body[:size])
+        server.script(step)
+        stream, texts, error = client.stream_complete("x"), [], None
+        try:
+            texts.extend(delta.text for delta in stream)
+        except StreamError as broken:
+            error = broken
+        if error is None:
+            assert at_most == len(CUT_EVENTS), size
+        else:
+            assert surely < len(CUT_EVENTS), size
+            assert (error.retryable, error.request_id) == (True, stream.completion.request_id)
+            assert error.partial == stream.completion
+        assert min(surely, 3) <= len(texts) <= at_most, size
+        assert texts == ["a", "é", "c"][: len(texts)], size
+        assert stream.completion.text == "".join(texts), size
+        assert len(server.requests) == 1, size
+        server.requests.clear()
+
+
+def _events_in_chunks(raw: bytes) -> tuple[int, int]:
+    """Return how many events the whole chunks of a body hold, and how many with those in a chunk that is cut."""
+    whole = data = b""
+    while b"\r\n" in raw:
+        line, _, rest = raw.partition(b"\r\n")
+        size = int(line, 16)
+        data += rest[:size]
+        whole, raw = data if len(rest) >= size + 2 else whole, rest[size + 2 :]
+    return whole.count(b"\n\n"), data.count(b"\n\n")
+
+
+@pytest.mark.parametrize("size", [pytest.param(size, id=f"{size}-of-7") for size in range(-7, 0)])
+def test_an_event_is_not_lost_with_the_end_of_its_chunk(server, connect, size):
+    """The end is its last newline, its CRLF, and the last chunk's size; only the newline belongs to the event."""
+    raw = SSE_HEAD + chunk(CUT_RAW[0] + CUT_RAW[1]) + b"0\r\n\r"
+    server.script(lambda connection: (connection.send(raw[:size]), connection.close()))
+    stream = connect(server).stream_complete("x")
+    assert type(error_of(list, stream)) is StreamError
+    assert stream.completion.text == ("a" if size == -7 else "aé")
+
+
+def _framed(start: bytes = b"", end: bytes = b"", last: bytes = LAST_CHUNK) -> bytes:
+    """Return a chunked reply whose sizes have something before and after them."""
+    return SSE_HEAD + b"".join(start + b"%X" % len(raw) + end + b"\r\n" + raw + b"\r\n" for raw in CUT_RAW) + last
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        pytest.param(_framed(), id="capital-digits"),
+        pytest.param(_framed(start=b"000"), id="leading-zeros"),
+        pytest.param(_framed(end=b';name="a value"'), id="extensions"),
+        pytest.param(_framed(end=b" "), id="spaces"),
+        pytest.param(_framed(last=b"000;a=b\r\n\r\n"), id="last-chunk-with-zeros"),
+        pytest.param(_framed(last=b"0\r\nX-Checksum: 1\r\n\r\n"), id="trailers"),
+        pytest.param(
+            SSE_HEAD + chunk(b": " + b"a" * 50_000 + b"\n\n" + CUT_BODY) + LAST_CHUNK, id="larger-than-a-buffer"
+        ),
+        pytest.param(SSE_HEAD + b"".join(chunk(bytes([byte])) for byte in CUT_BODY) + LAST_CHUNK, id="a-byte-each"),
+    ],
+)
+def test_a_stream_in_any_chunks_leaves_its_connection(server, connect, raw):
+    client = connect(server)
+    server.script(raw, raw)
+    for _ in range(2):
+        assert [delta.text for delta in client.stream_complete("x")] == ["a", "é", "c"]
+    assert [request.connection for request in server.requests] == [1, 1]
+
+
+@pytest.mark.parametrize("size", [b"", b"g", b"-1", b"1e", b"0x5", b"+5", b"5 5", b"f" * 30])
+def test_a_chunk_without_a_size_is_where_the_reply_breaks_off(server, connect, size):
+    raw = SSE_HEAD + chunk(text_event("a")) + size + b"\r\nx\r\n"
+    server.script(lambda connection: (connection.send(raw), connection.close()))
+    error = error_of(list, connect(server).stream_complete("x"))
+    assert (type(error), error.partial.text) == (StreamError, "a")
+    assert str(error).startswith(f"the reply broke off: POST {server.url}/v1/completions: ")
+
+
+@pytest.mark.parametrize(
+    "framing", [pytest.param(_framed(), id="chunked"), pytest.param(LENGTH_HEAD + CUT_BODY, id="length")]
+)
+def test_a_stream_is_the_same_however_tcp_cuts_it(server, connect, framing):
+    client = connect(server)
+    for size in range(1, len(framing), 5):
+        head, tail = framing[:size], framing[size:]
+        server.script(
+            lambda connection, a=head, b=tail: (connection.send(a), connection.pause(0.001), connection.send(b))
+        )
+        assert [delta.text for delta in client.stream_complete("x")] == ["a", "é", "c"], size
+    assert {request.connection for request in server.requests} == {1}
+
+
+def test_a_reset_stream_keeps_what_had_arrived(server, connect):
+    has_read = threading.Event()
+
+    def step(connection: Connection) -> None:
+        connection.send(SSE_HEAD + chunk(text_event("a")))
+        has_read.wait(IN_TIME)
+        connection.reset()
+
+    server.script(step)
+    stream = connect(server).stream_complete("x")
+    assert next(stream).text == "a"
+    has_read.set()
+    error = error_of(next, stream)
+    assert type(error) is StreamError
+    assert str(error) == f"the reply broke off: POST {server.url}/v1/completions: [Errno 104] Connection reset by peer"
+    assert error.partial.text == "a"
+    assert len(server.requests) == 1
+
+
+@pytest.mark.parametrize(
+    ("told", "kind", "message"),
+    [
+        pytest.param(
+            {"error": {"message": "bad logit_bias", "type": "BadRequestError", "param": None, "code": 400}},
+            InvalidRequestError,
+            "400 'bad logit_bias': POST {url}/v1/completions",
+            id="flat",
+        ),
+        pytest.param(
+            {"error": {"message": "", "type": "InternalServerError", "param": None, "code": 500}},
+            ProviderUnavailableError,
+            "500 (no message): POST {url}/v1/completions",
+            id="no-words",
+        ),
+    ],
+)
+def test_an_error_inside_a_stream_is_raised_with_what_came_before(server, connect, told, kind, message):
+    server.script(sse(text_event("a"), text_event("b"), told))
+    stream = connect(server).stream_complete("x")
+    assert [next(stream).text, next(stream).text] == ["a", "b"]
+    error = error_of(next, stream)
+    assert type(error) is kind
+    assert str(error) == message.format(url=server.url)
+    assert error.partial.text == "ab"
+    assert len(server.requests) == 1
+
+
+@pytest.mark.parametrize(
+    ("raw", "message"),
+    [
+        pytest.param(
+            sse(done=True),
+            "the stream ended without any output: POST {url}/v1/completions; look at the server's log",
+            id="done-and-nothing-else",
+        ),
+        pytest.param(
+            sse({"choices": [], "usage": {"prompt_tokens": 1, "completion_tokens": 0}}),
+            "the stream ended without any output: POST {url}/v1/completions; look at the server's log",
+            id="done-and-usage-alone",
+        ),
+        pytest.param(
+            sse(text_event("a"), done=False),
+            "the stream ended without [DONE]: POST {url}/v1/completions; was the server or a proxy stopped?",
+            id="output-without-done",
+        ),
+        pytest.param(
+            sse(done=False),
+            "the stream ended without [DONE]: POST {url}/v1/completions; was the server or a proxy stopped?",
+            id="empty",
+        ),
+    ],
+)
+def test_a_stream_that_is_not_whole(server, connect, raw, message):
+    server.script(raw)
+    error = error_of(list, connect(server).stream_complete("x"))
+    assert type(error) is StreamError
+    assert str(error) == message.format(url=server.url)
+    assert error.partial.text == ("a" if b'"a"' in raw else "")
+
+
+def test_a_stream_may_end_with_a_reason_and_no_text(server, connect):
+    server.script(sse(text_event("", finish_reason="stop")))
+    assert list(connect(server).stream_complete("x")) == [Delta(finish_reason="stop")]
+
+
+@pytest.mark.parametrize(
+    "is_stream", [pytest.param(True, id="gateway-that-cannot-stream"), pytest.param(False, id="plain")]
+)
+def test_a_whole_reply(server, connect, is_stream):
+    payload = {"id": "cmpl-1", "model": "m", **text_event(" Paris.", finish_reason="stop")}
+    server.script(reply(200, payload))
+    client = connect(server)
+    if is_stream:
+        stream = client.stream_complete(PROMPT)
+        assert list(stream) == [Delta(text=" Paris.", finish_reason="stop")]
+        completion = stream.completion
+    else:
+        completion = client.complete(PROMPT)
+    assert (completion.id, completion.model, completion.text, completion.payload) == ("cmpl-1", "m", " Paris.", payload)
+    assert 0 < completion.total_s < IN_TIME
+    assert ("stream" in server.requests[0].body) is is_stream
+
+
+# ---- Transport: replies that are not vLLM's ---------------------------------
+
+ADVICE: Final = "is base_url the server's root, and is it vLLM? (curl BASE_URL/v1/models)"
+NESTED: Final = b'{"choices": ' + b"[" * 100_000
+PAYLOAD: Final = json.dumps(text_event("a")).encode()
+
+
+@pytest.mark.parametrize("is_stream", [pytest.param(True, id="stream"), pytest.param(False, id="plain")])
+@pytest.mark.parametrize(
+    ("raw", "message"),
+    [
+        pytest.param(
+            reply(200, "<html>\n<h1>Welcome to nginx!</h1>", {"Content-Type": "text/html"}),
+            "not the JSON vLLM sends: {where}: '<html> <h1>Welcome to nginx!</h1>'; {advice}",
+            id="html",
+        ),
+        pytest.param(
+            reply(200, b"", {"Content-Type": "application/json"}),
+            "not the JSON vLLM sends: {where}: ''; {advice}",
+            id="empty",
+        ),
+        pytest.param(
+            reply(200, PAYLOAD[:-3]), "not the JSON vLLM sends: {where}: '{quoted}'; {advice}", id="truncated-json"
+        ),
+        pytest.param(reply(200, [1]), "not the JSON vLLM sends: {where}: '[1]'; {advice}", id="json-of-another-kind"),
+        pytest.param(
+            reply(200, NESTED), "not the JSON vLLM sends: {where}: '{nested}…'; {advice}", id="nested-beyond-recursion"
+        ),
+        pytest.param(
+            sse("<html>"), "not the JSON vLLM sends: {where}: '<html>'; {advice}", id="event-that-is-not-json"
+        ),
+        pytest.param(
+            sse(NESTED.decode()),
+            "not the JSON vLLM sends: {where}: '{nested}…'; {advice}",
+            id="event-nested-beyond-recursion",
+        ),
+        pytest.param(
+            reply(200, zlib.compress(PAYLOAD, wbits=31), {"Content-Encoding": "gzip"}),
+            "the reply is encoded as 'gzip', which was not asked for: {where}",
+            id="gzip",
+        ),
+        pytest.param(
+            sse(text_event("a")).replace(b"vary: Origin", b"content-encoding: gzip"),
+            "the reply is encoded as 'gzip', which was not asked for: {where}",
+            id="gzip-stream",
+        ),
+        pytest.param(
+            reply(200, text_event(["a"])),
+            "not the shape vLLM sends (TypeError: string argument expected, got 'list'): {where}",
+            id="text-that-is-a-list",
+        ),
+    ],
+)
+def test_replies_that_are_not_vllms(server, connect, raw, message, is_stream):
+    server.script(raw)
+    client = connect(server)
+    ask = client.stream_complete if is_stream else client.complete
+    error = error_of(lambda: list(ask("x")))
+    assert type(error) is ProtocolError
+    where, quoted, nested = f"POST {server.url}/v1/completions", PAYLOAD[:-3].decode(), NESTED[:200].decode()
+    assert str(error) == message.format(where=where, advice=ADVICE, quoted=quoted, nested=nested)
+    assert (error.retryable, error.status_code, error.partial.text) == (False, None, "")
+    assert error.request_id == server.requests[0].headers["X-Request-Id"].removesuffix("-1")
+    assert len(server.requests) == 1
+
+
+def test_a_reply_may_not_be_larger_than_its_limit(server, connect, monkeypatch):
+    monkeypatch.setattr(vllm_provider, "MAX_REPLY_BYTES", 100_000)
+    client = connect(server)
+    server.script(reply(200, text_event("a" * 99_000)), reply(200, text_event("a" * 100_000)))
+    assert len(client.complete("x").text) == 99_000
+    error = error_of(client.complete, "x")
+    assert type(error) is ProtocolError
+    assert str(error) == f"the reply is larger than 100000 bytes: POST {server.url}/v1/completions"
+    assert server.aborted.empty()
+
+
+def test_a_stream_may_not_be_larger_than_its_limit(server, connect, monkeypatch):
+    monkeypatch.setattr(vllm_provider, "MAX_REPLY_BYTES", 1000)
+    server.script(stall(SSE_HEAD + chunk(text_event("a" * 500)) + chunk(text_event("b" * 500))))
+    error = error_of(list, connect(server).stream_complete("x"))
+    assert type(error) is ProtocolError
+    assert str(error) == f"the reply is larger than 1000 bytes: POST {server.url}/v1/completions"
+    assert error.partial.text == "a" * 500
+    server.aborted.get(timeout=IN_TIME)
+
+
+@pytest.mark.parametrize(
+    "rest",
+    [
+        pytest.param(chunk(b"data: " + b"b" * 1000), id="a-line-that-does-not-end"),
+        pytest.param(chunk(b"data: bbbbbbbb\n" * 100), id="an-event-that-does-not-end"),
+        pytest.param(chunk(b": bbbbb") + chunk(b"b" * 1000), id="a-comment-that-does-not-end"),
+    ],
+)
+def test_an_event_may_not_be_larger_than_its_limit(server, connect, monkeypatch, rest):
+    monkeypatch.setattr(vllm_provider, "MAX_EVENT_BYTES", 1000)
+    server.script(stall(SSE_HEAD + chunk(text_event("a")) + rest))
+    error = error_of(list, connect(server).stream_complete("x"))
+    assert type(error) is ProtocolError
+    assert "an event of the stream is larger than 1000 bytes" in str(error)
+    assert error.partial.text == "a"
+    server.aborted.get(timeout=IN_TIME)
+
+
+def test_a_server_that_does_not_speak_http(server, connect):
+    server.script(lambda connection: (connection.send(b"SSH-2.0-OpenSSH_9.6\r\n"), connection.close()))
+    error = error_of(connect(server).complete, "x")
+    assert type(error) is ProtocolError
+    where = f"POST {server.url}/v1/completions"
+    assert str(error) == f"not an HTTP reply: {where}: 'SSH-2.0-OpenSSH_9.6'; is it vLLM's port, and http there?"
+
+
+# ---- Transport: time --------------------------------------------------------
+
+LIMIT: Final = 0.15  # seconds: the limit that is to hold
+
+
+def _trickle(count: int, piece: bytes, first: bytes = b"", every_s: float = 0.02) -> Step:
+    """Return a step that sends `first`, then `piece` so many times, with pauses."""
+
+    def step(connection: Connection) -> None:
+        connection.send(first)
+        for _ in range(count):
+            connection.send(piece)
+            connection.pause(every_s)
+        connection.sleep_until_closed()
+
+    return step
+
+
+TRANSPORT_ROLE: Final = chunk({"choices": [{"index": 0, "delta": {"role": "assistant", "content": ""}}]})
+NO_REPLY: Final = "no reply within 0.15 s: POST {url}/v1/completions; raise timeout, or ask for fewer tokens"
+SILENT: Final = (
+    "silent for 0.15 s in mid-reply: POST {url}/v1/completions; raise stream_idle_timeout, or see if a proxy buffers"
+)
+TOO_LATE: Final = "deadline of 0.15 s reached: POST {url}/v1/completions; give the call more time"
+
+
+@pytest.mark.parametrize(
+    ("step", "limits", "message", "text"),
+    [
+        pytest.param(stall(), {"timeout": LIMIT}, NO_REPLY, "", id="accepts-and-never-answers"),
+        pytest.param(stall(SSE_HEAD), {"timeout": LIMIT}, NO_REPLY, "", id="headers-then-nothing"),
+        pytest.param(drip(SSE_HEAD, 0.02), {"timeout": LIMIT}, NO_REPLY, "", id="trickles-its-headers"),
+        pytest.param(
+            _trickle(500, chunk(b": keep-alive\n\n"), SSE_HEAD),
+            {"timeout": LIMIT},
+            NO_REPLY,
+            "",
+            id="comments-are-no-output",
+        ),
+        pytest.param(
+            _trickle(500, TRANSPORT_ROLE, SSE_HEAD), {"timeout": LIMIT}, NO_REPLY, "", id="the-role-is-no-output"
+        ),
+        pytest.param(
+            stall(SSE_HEAD + chunk(text_event("a"))),
+            {"stream_idle_timeout": LIMIT},
+            SILENT,
+            "a",
+            id="silence-in-mid-reply",
+        ),
+        pytest.param(
+            _trickle(500, chunk(b"x"), SSE_HEAD + chunk(text_event("a")) + chunk(b"data: ")),
+            {"stream_idle_timeout": LIMIT},
+            SILENT,
+            "a",
+            id="half-a-line-is-no-sign-of-life",
+        ),
+        pytest.param(
+            _trickle(500, b"x", SSE_HEAD + chunk(text_event("a")) + b"fff\r\n"),
+            {"stream_idle_timeout": LIMIT},
+            SILENT,
+            "a",
+            id="half-a-chunk-is-no-sign-of-life",
+        ),
+        pytest.param(
+            _trickle(500, chunk(text_event("a")), SSE_HEAD),
+            {"deadline": LIMIT},
+            TOO_LATE,
+            None,
+            id="deadline-cuts-output",
+        ),
+        pytest.param(stall(), {"deadline": LIMIT}, TOO_LATE, "", id="deadline-before-headers"),
+        pytest.param(stall(), {"deadline": LIMIT, "timeout": math.inf}, TOO_LATE, "", id="deadline-without-timeout"),
+    ],
+)
+def test_limits_of_a_stream(server, connect, pauses, step, limits, message, text):
+    server.script(step)
+    client = connect(server, timeout=NEVER)
+    begun = time.monotonic()
+    error = error_of(list, client.stream_complete("x", **limits))
+    elapsed = time.monotonic() - begun
+    assert type(error) is LLMTimeoutError
+    assert str(error) == message.format(url=server.url)
+    assert error.retryable is ("deadline" not in limits)
+    assert LIMIT * 0.9 <= elapsed < IN_TIME
+    assert error.partial.text == text or text is None
+    assert error.partial.total_s == pytest.approx(elapsed, abs=0.2)
+    server.aborted.get(timeout=1)
+    assert (len(server.requests), pauses) == (1, [])
+    assert not {"timeout", "stream_idle_timeout", "deadline"} & set(server.requests[0].body)
+
+
+@pytest.mark.parametrize(
+    ("step", "limits", "message"),
+    [
+        pytest.param(stall(), {"timeout": LIMIT}, NO_REPLY, id="accepts-and-never-answers"),
+        pytest.param(stall(reply(200, "x" * 99)[:-9]), {"timeout": LIMIT}, NO_REPLY, id="stops-in-the-body"),
+        pytest.param(drip(reply(200, text_event("a" * 500)), 0.02), {"timeout": LIMIT}, NO_REPLY, id="trickles"),
+        pytest.param(
+            _trickle(500, chunk(b" "), SSE_HEAD.replace(b"text/event-stream", b"application/json")),
+            {"timeout": LIMIT, "stream_idle_timeout": NEVER},
+            NO_REPLY,
+            id="trickles-chunks",
+        ),
+        pytest.param(stall(), {"deadline": LIMIT}, TOO_LATE, id="deadline"),
+    ],
+)
+def test_limits_of_a_plain_call(server, connect, pauses, step, limits, message):
+    server.script(step)
+    client = connect(server, timeout=NEVER)
+    begun = time.monotonic()
+    error = error_of(client.complete, "x", **limits)
+    assert LIMIT * 0.9 <= time.monotonic() - begun < IN_TIME
+    assert type(error) is LLMTimeoutError
+    assert str(error) == message.format(url=server.url)
+    server.aborted.get(timeout=1)
+    assert (len(server.requests), pauses) == (1, [])
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        pytest.param(stall(), id="silence"),
+        pytest.param(drip(reply(200, text_event("a" * 500)), 0.02), id="trickles"),
+    ],
+)
+def test_limits_hold_under_tls(connect, tls_files, step):
+    with StandIn(tls=tls_files) as server:
+        server.script(None, step)
+        client = connect(server, verify=tls_files[0])
+        client.complete(PROMPT)
+        begun = time.monotonic()
+        assert type(error_of(client.complete, "x", timeout=LIMIT)) is LLMTimeoutError
+        assert LIMIT * 0.9 <= time.monotonic() - begun < IN_TIME
+        server.aborted.get(timeout=1)
+        assert [request.connection for request in server.requests] == [1, 1]
+
+
+def test_a_timeout_on_a_used_connection_is_not_taken_for_a_stale_one(server, connect, pauses):
+    client = connect(server)
+    server.script(None, stall())
+    client.complete(PROMPT)
+    error = error_of(client.complete, "x", timeout=LIMIT)
+    assert (type(error), str(error)) == (LLMTimeoutError, NO_REPLY.format(url=server.url))
+    assert ([request.connection for request in server.requests], pauses) == ([1, 1], [])
+
+
+def test_a_timeout_after_asking_for_the_model(server, connect, pauses):
+    server.script(stall(), path="/v1/completions")
+    error = error_of(connect(server, default_model=None).complete, "x", timeout=LIMIT)
+    assert (type(error), str(error)) == (LLMTimeoutError, NO_REPLY.format(url=server.url))
+    assert ([request.connection for request in server.requests], pauses) == ([1, 1], [])
+
+
+def test_events_received_in_a_chunk_that_stays_open_are_kept(server, connect):
+    raw = b"data: " + PAYLOAD + b"\n\n"
+    server.script(stall(SSE_HEAD + b"fff\r\n" + raw))
+    error = error_of(list, connect(server).stream_complete("x", stream_idle_timeout=LIMIT))
+    assert (type(error), error.partial.text) == (LLMTimeoutError, "a")
+
+
+def test_comments_keep_a_stream_alive(server, connect):
+    def step(connection: Connection) -> None:
+        connection.send(SSE_HEAD + chunk(text_event("a")))
+        for _ in range(6):
+            connection.pause(0.1)
+            connection.send(chunk(b": keep-alive\n\n"))
+        connection.send(chunk(text_event("b")) + chunk("[DONE]") + LAST_CHUNK)
+
+    server.script(step)
+    stream = connect(server).stream_complete("x", stream_idle_timeout=0.4)
+    assert "".join(delta.text for delta in stream) == "ab"
+
+
+def test_a_stream_that_produces_is_never_cut_by_timeout(server, connect):
+    server.script(_trickle(10, chunk(text_event("a")), SSE_HEAD, 0.05))
+    stream = connect(server).stream_complete("x", timeout=0.4, stream_idle_timeout=NEVER)
+    begun = time.monotonic()
+    assert [next(stream).text for _ in range(10)] == ["a"] * 10
+    assert time.monotonic() - begun > 0.4
+    stream.close()
+
+
+def test_a_slow_consumer_is_not_punished(server, connect):
+    has_read = threading.Event()
+
+    def step(connection: Connection) -> None:
+        connection.send(SSE_HEAD + chunk(text_event("a")))
+        has_read.wait(IN_TIME)
+        connection.send(chunk(text_event("b")) + chunk("[DONE]") + LAST_CHUNK)
+
+    server.script(step)
+    stream = connect(server).stream_complete("x", timeout=0.3, stream_idle_timeout=0.3)
+    assert next(stream).text == "a"
+    has_read.set()
+    time.sleep(0.4)
+    assert [delta.text for delta in stream] == ["b"]
+
+
+def test_a_slow_consumer_of_a_whole_reply_is_not_punished(server, connect):
+    first, second = text_event("a"), text_event("b")
+    server.script(reply(200, {"choices": first["choices"] + second["choices"]}))
+    stream = connect(server).stream_complete("x", timeout=0.2)
+    assert next(stream).text == "a"
+    time.sleep(0.25)
+    assert [delta.text for delta in stream] == ["b"]
+
+
+def test_deadline_counts_retries_and_pauses(server, connect):
+    server.script(*[reply(503)] * 500)
+    client = connect(server, max_retries=500, max_retry_delay=0.02)
+    begun = time.monotonic()
+    error = error_of(client.complete, "x", deadline=LIMIT)
+    assert time.monotonic() - begun < IN_TIME
+    assert type(error) is LLMTimeoutError
+    assert error.retryable is False
+    assert 1 < len(server.requests) < 100
+
+
+def test_a_pause_beyond_the_deadline_is_not_begun(server, connect, pauses):
+    server.script(reply(503, {"error": "busy"}, {"Retry-After": "20"}))
+    error = error_of(connect(server).complete, "x", deadline=10)
+    assert type(error) is LLMTimeoutError
+    text = f"the deadline of 10 s leaves no time to try again: 503 'busy': POST {server.url}/v1/completions"
+    assert (str(error), error.retryable, pauses) == (text, False, [])
+    assert isinstance(error.__cause__, ProviderUnavailableError)
+
+
+def test_timeout_counts_anew_for_each_attempt(server, connect, monkeypatch):
+    def slow(status: int) -> Step:
+        return lambda connection: (connection.pause(0.2), connection.send(reply(status, text_event("a"))))
+
+    monkeypatch.setattr(random, "uniform", lambda _low, _high: 0.0)
+    server.script(slow(503), slow(503), slow(200))
+    assert connect(server).complete("x", timeout=0.5).text == "a"
+
+
+@pytest.mark.parametrize(
+    "limit",
+    [
+        pytest.param(math.inf, id="none"),
+        pytest.param(1e12, id="more-than-the-clock-holds"),
+        pytest.param(sys.float_info.max, id="the-most"),
+    ],
+)
+def test_no_limit(server, connect, limit):
+    client = connect(server, timeout=limit, stream_idle_timeout=limit, connect_timeout=limit)
+    assert client.complete(PROMPT, deadline=limit).text == " Paris."
+    assert [delta.text for delta in client.stream_complete(PROMPT)] == [" Paris", ".", ""]
+    client.health(wait=limit)
+
+
+def test_a_limit_that_poll_would_wrap_around_is_kept(server, connect):
+    """2**32 ms and 100 ms more are 100 ms to poll(2), which takes an int of them."""
+    server.script(lambda connection: (connection.pause(0.3), server.answer(connection)))
+    assert connect(server).complete(PROMPT, timeout=4_294_967.4).text == " Paris."
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux leaves a connection to a full queue unanswered")
+def test_connect_timeout(connect, pauses):
+    with socket.socket() as listener, contextlib.ExitStack() as stack:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(0)
+        for _ in range(4):  # fills the queue
+            sock = stack.enter_context(socket.socket())
+            sock.setblocking(False)
+            sock.connect_ex(listener.getsockname())
+        url = url_of(listener)
+        begun = time.monotonic()
+        error = error_of(connect(url, connect_timeout=LIMIT).complete, "x")
+        assert LIMIT * 0.9 <= time.monotonic() - begun < IN_TIME
+        where = f"POST {url}/v1/completions"
+        assert str(error) == f"no connection in time: {where}; is the host right, and does a firewall block it?"
+        assert (type(error), error.retryable, pauses) == (LLMTimeoutError, True, [])
+
+
+def test_a_tls_handshake_that_stalls_is_cut_by_connect_timeout(connect, pauses):
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        begun = time.monotonic()
+        client = connect(url_of(listener, "https"), connect_timeout=LIMIT)
+        error = error_of(client.complete, "x")
+        assert LIMIT * 0.9 <= time.monotonic() - begun < IN_TIME
+        assert (type(error), error.retryable, pauses) == (LLMTimeoutError, True, [])
+
+
+def test_a_server_that_never_reads(connect):
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        client = connect(url_of(listener))
+        begun = time.monotonic()
+        error = error_of(client.complete, "x" * 8_000_000, timeout=LIMIT)
+        assert LIMIT * 0.9 <= time.monotonic() - begun < IN_TIME
+        assert type(error) is LLMTimeoutError
+
+
+def test_the_words_of_an_error_may_not_take_forever(server, connect, monkeypatch):
+    monkeypatch.setattr(vllm_provider, "ERROR_BODY_S", LIMIT)
+    server.script(stall(reply(400, "x" * 99)[:-9]))
+    begun = time.monotonic()
+    error = error_of(connect(server).complete, "y")
+    assert time.monotonic() - begun < IN_TIME
+    assert (type(error), error.status_code) == (InvalidRequestError, 400)
+    server.aborted.get(timeout=1)
+
+
+@pytest.mark.parametrize("is_apart", [pytest.param(True, id="apart"), pytest.param(False, id="in-one-segment")])
+def test_a_stream_without_its_last_chunk_ends_at_done(server, connect, is_apart):
+    def step(connection: Connection) -> None:
+        connection.send(SSE_HEAD)
+        parts = [chunk(text_event("a")), chunk(text_event("b")), chunk("[DONE]")]
+        for part in parts if is_apart else [b"".join(parts)]:
+            connection.send(part)
+            connection.pause(0.05)
+        connection.sleep_until_closed()
+
+    server.script(step)
+    begun = time.monotonic()
+    assert [delta.text for delta in connect(server).stream_complete("x")] == ["a", "b"]
+    assert time.monotonic() - begun < IN_TIME
+    server.aborted.get(timeout=1)
+
+
+def test_a_server_that_goes_on_after_done_is_left(server, connect):
+    server.script(_trickle(500, chunk(b": more\n\n"), sse(text_event("a"), end=False), 0.005))
+    begun = time.monotonic()
+    assert [delta.text for delta in connect(server).stream_complete("x")] == ["a"]
+    assert time.monotonic() - begun < IN_TIME
+    server.aborted.get(timeout=1)
+
+
+# ---- Transport: stopping ----------------------------------------------------
+
+STOPS: Final = {
+    "cancel": lambda _client, stream: stream.cancel(),
+    "close": lambda _client, stream: stream.close(),
+    "client.close": lambda client, _stream: client.close(),
+}
+GENERATION: Final = "/v1/completions"
+STOP_PHASES: Final = [
+    pytest.param([(GENERATION, stall())], "", id="before-headers"),
+    pytest.param([(GENERATION, stall(SSE_HEAD[:60]))], "", id="mid-headers"),
+    pytest.param([(GENERATION, stall(SSE_HEAD))], "", id="after-headers"),
+    pytest.param([(GENERATION, stall(SSE_HEAD + chunk(text_event("a"))))], "a", id="between-events"),
+    pytest.param([(GENERATION, stall(SSE_HEAD + chunk(text_event("a")) + chunk("bcde")[:8]))], "a", id="mid-event"),
+    pytest.param([(GENERATION, stall(reply(200, "x" * 99)[:-9]))], "", id="mid-json"),
+    pytest.param([(GENERATION, stall(reply(500, "x" * 99)[:-9]))], "", id="mid-error"),
+    pytest.param([(GENERATION, reply(503)), (GENERATION, stall())], "", id="second-attempt-same-connection"),
+    pytest.param(
+        [(GENERATION, reply(503, headers={"Connection": "close"})), (GENERATION, stall())],
+        "",
+        id="second-attempt-new-connection",
+    ),
+    pytest.param([("/v1/models", stall())], "", id="asking-for-the-model"),
+    pytest.param([("/v1/models", None), (GENERATION, stall())], "", id="after-asking-for-the-model"),
+    pytest.param(
+        [("/v1/models", None), (GENERATION, stall(SSE_HEAD + chunk(text_event("a"))))], "a", id="model-then-events"
+    ),
+]
+
+
+@pytest.mark.parametrize("tls", [pytest.param(False, id="http"), pytest.param(True, id="https")])
+@pytest.mark.parametrize("stop", STOPS)
+@pytest.mark.parametrize(("steps", "text"), STOP_PHASES)
+def test_stop_from_another_thread(connect, monkeypatch, tls_files, steps, text, stop, tls):
+    monkeypatch.setattr(random, "uniform", lambda _low, _high: 0.0)
+    with StandIn(tls=tls_files if tls else None) as server:
+        for path, step in steps:
+            server.script(step, path=path)
+        model = None if steps[0][0] == "/v1/models" else MODEL
+        client = connect(server, default_model=model, timeout=NEVER, verify=tls_files[0] if tls else True)
+        stream = client.stream_complete("x")
+        caller = InThread(list, stream)
+        wait_until(lambda: len(server.requests) == len(steps) and stream.completion.text == text)
+        begun = time.monotonic()
+        STOPS[stop](client, stream)
+        outcome = caller.outcome()
+        assert time.monotonic() - begun < 0.9
+        assert server.aborted.get(timeout=1) - begun < 1
+        if stop == "close":
+            assert [delta.text for delta in outcome] == list(text)
+        else:
+            assert type(outcome) is AbortError
+            assert str(outcome) == "the call was stopped by its caller"
+            assert (outcome.retryable, outcome.partial.text) == (False, text)
+            assert outcome.request_id == stream.completion.request_id
+        assert len(server.requests) == len(steps)
+        assert list(stream) == []
+
+
+@pytest.mark.parametrize("retry_after", [pytest.param("20", id="seconds"), pytest.param("1e15", id="ages")])
+@pytest.mark.parametrize("stop", STOPS)
+def test_stop_in_a_retry_pause(server, connect, stop, retry_after):
+    server.script(reply(503, headers={"Retry-After": retry_after}))
+    client = connect(server, max_retry_delay=math.inf)
+    stream = client.stream_complete("x")
+    caller = InThread(list, stream)
+    wait_until(lambda: server.requests and server.running == 0)
+    time.sleep(0.02)
+    begun = time.monotonic()
+    STOPS[stop](client, stream)
+    outcome = caller.outcome()
+    assert time.monotonic() - begun < 0.9
+    assert outcome == [] if stop == "close" else type(outcome) is AbortError
+    assert len(server.requests) == 1
+
+
+@pytest.mark.parametrize("stop", STOPS)
+@pytest.mark.parametrize("tls", [pytest.param(False, id="http"), pytest.param(True, id="https")])
+def test_a_stopped_call_does_not_look_like_a_stale_connection(connect, tls_files, stop, tls):
+    with StandIn(tls=tls_files if tls else None) as server:
+        client = connect(server, verify=tls_files[0] if tls else True)
+        client.complete(PROMPT)
+        server.script(stall())
+        stream = client.stream_complete("x")
+        caller = InThread(list, stream)
+        wait_until(lambda: len(server.requests) == 2)
+        STOPS[stop](client, stream)
+        outcome = caller.outcome()
+        assert outcome == [] if stop == "close" else type(outcome) is AbortError
+        server.aborted.get(timeout=1)
+        assert [request.connection for request in server.requests] == [1, 1]
+
+
+@pytest.mark.parametrize("stop", STOPS)
+def test_stop_while_the_host_is_looked_up(server, connect, monkeypatch, pauses, stop):
+    is_asked, is_known, look_up = queue.SimpleQueue(), queue.SimpleQueue(), socket.getaddrinfo
+
+    def getaddrinfo(*args: Any, **options: Any) -> Any:
+        is_asked.put(True)
+        is_known.get(timeout=IN_TIME)
+        return look_up(*args, **options)
+
+    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+    client = connect(server)
+    stream = client.stream_complete("x")
+    caller = InThread(list, stream)
+    is_asked.get(timeout=IN_TIME)
+    STOPS[stop](client, stream)
+    is_known.put(True)
+    outcome = caller.outcome()
+    assert outcome == [] if stop == "close" else type(outcome) is AbortError
+    assert (server.requests, pauses) == ([], [])
+
+
+@pytest.mark.parametrize("stop", STOPS)
+def test_stop_while_the_request_is_sent(connect, stop):
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        client = connect(url_of(listener))
+        stream = client.stream_complete("x" * 8_000_000)
+        caller = InThread(list, stream)
+        with listener.accept()[0] as sock:
+            assert sock.recv(100).startswith(b"POST /v1/completions")
+            begun = time.monotonic()
+            STOPS[stop](client, stream)
+            outcome = caller.outcome()
+            assert time.monotonic() - begun < 0.9
+        assert outcome == [] if stop == "close" else type(outcome) is AbortError
+
+
+@pytest.mark.parametrize("stop", STOPS)
+def test_stop_of_a_stream_between_its_events_by_its_own_thread(server, connect, stop):
+    server.script(stall(SSE_HEAD + chunk(text_event("a"))))
+    client = connect(server)
+    stream = client.stream_complete("x")
+    assert next(stream).text == "a"
+    STOPS[stop](client, stream)
+    server.aborted.get(timeout=1)
+    if stop == "close":
+        assert next(stream, None) is None
+    else:
+        error = error_of(next, stream)
+        assert (type(error), error.partial.text) == (AbortError, "a")
+    assert len(server.requests) == 1
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        pytest.param(sse(text_event("a"), text_event("b"), text_event("c")), id="chunk-by-chunk"),
+        pytest.param(SSE_HEAD + chunk(CUT_BODY) + LAST_CHUNK, id="in-one-chunk"),
+        pytest.param(LENGTH_HEAD + CUT_BODY, id="not-chunked"),
+    ],
+)
+def test_nothing_comes_after_cancel_even_where_more_has_arrived(server, connect, raw):
+    server.script(raw)
+    stream = connect(server).stream_complete("x")
+    assert next(stream).text == "a"
+    stream.cancel()
+    error = error_of(next, stream)
+    assert type(error) is AbortError
+
+
+@pytest.mark.parametrize("stop", ["cancel", "close"])
+def test_stop_before_the_start_sends_nothing(server, connect, stop):
+    client = connect(server, default_model=None)
+    stream = client.stream_complete("x")
+    STOPS[stop](client, stream)
+    outcome = InThread(list, stream).outcome()
+    assert outcome == [] if stop == "close" else type(outcome) is AbortError
+    assert server.requests == []
+
+
+@pytest.mark.parametrize("stop", ["cancel", "close"])
+def test_stop_before_entering(server, connect, stop):
+    client = connect(server)
+    stream = client.stream_complete("x")
+    STOPS[stop](client, stream)
+    if stop == "close":
+        with stream:
+            assert list(stream) == []
+    else:
+        with pytest.raises(AbortError), stream:
+            pytest.fail("entered")
+    assert server.requests == []
+
+
+@pytest.mark.parametrize("stop", STOPS)
+def test_stop_while_the_last_bytes_are_awaited_takes_nothing_away(server, connect, monkeypatch, stop):
+    monkeypatch.setattr(vllm_provider, "DRAIN_S", 5.0)
+    server.script(stall(sse(text_event("a"), end=False)))
+    client = connect(server)
+    stream = client.stream_complete("x")
+    caller = InThread(list, stream)
+    wait_until(lambda: stream.completion.text == "a")
+    time.sleep(0.02)
+    begun = time.monotonic()
+    STOPS[stop](client, stream)
+    outcome = caller.outcome()
+    assert time.monotonic() - begun < 0.9
+    assert outcome == [Delta(text="a")] or outcome.partial.text == "a"
+    server.aborted.get(timeout=1)
+
+
+@pytest.mark.parametrize("stop", STOPS)
+def test_stop_of_a_finished_stream_changes_nothing(server, connect, stop):
+    client = connect(server)
+    stream = client.stream_complete(PROMPT)
+    assert len(list(stream)) == 3
+    STOPS[stop](client, stream)
+    assert (list(stream), stream.completion.text) == ([], " Paris.")
+    assert client.complete(PROMPT).text == " Paris."
+
+
+@pytest.mark.parametrize("tls", [pytest.param(False, id="http"), pytest.param(True, id="https")])
+@pytest.mark.parametrize("is_stream", [pytest.param(True, id="stream"), pytest.param(False, id="plain")])
+def test_a_late_stop_does_not_hit_the_next_call_on_the_same_connection(connect, tls_files, is_stream, tls):
+    with StandIn(tls=tls_files if tls else None) as server:
+        client = connect(server, verify=tls_files[0] if tls else True)
+        finished = client.stream_complete(PROMPT)
+        assert len(list(finished)) == 3
+        may_go_on = threading.Event()
+
+        def step(connection: Connection) -> None:
+            connection.send(SSE_HEAD + chunk(text_event("a")))
+            may_go_on.wait(IN_TIME)
+            connection.send(chunk(text_event("b")) + chunk("[DONE]") + LAST_CHUNK)
+
+        server.script(step)
+        caller = InThread(list, client.stream_complete("x") if is_stream else client.stream_chat("x"))
+        wait_until(lambda: len(server.requests) == 2)
+        finished.cancel()
+        finished.close()
+        may_go_on.set()
+        assert [delta.text for delta in caller.outcome()] == ["a", "b"]
+        assert [request.connection for request in server.requests] == [1, 1]
+
+
+def test_stop_of_a_failed_attempt_does_not_hit_a_call_that_took_its_connection(server, connect):
+    client = connect(server)
+    server.script(reply(503, headers={"Retry-After": "20"}))
+    pausing = client.stream_complete("x")
+    caller = InThread(list, pausing)
+    wait_until(lambda: server.requests and server.running == 0)
+    time.sleep(0.05)
+    server.script(_trickle(3, chunk(text_event("a")), SSE_HEAD, 0.01))
+    other = client.stream_complete("y")
+    assert next(other).text == "a"
+    assert [request.connection for request in server.requests] == [1, 1]
+    pausing.cancel()
+    assert type(caller.outcome()) is AbortError
+    assert [next(other).text, next(other).text] == ["a", "a"]
+    other.close()
+
+
+def _raise_in_consumer(stream: Stream) -> None:
+    with stream:
+        for _delta in stream:
+            raise ZeroDivisionError
+
+
+def _leave_with(stream: Stream) -> None:
+    with stream:
+        pass
+
+
+def _raise_in_bare_loop(client: VLLMClient) -> None:
+    for _delta in client.stream_complete("x"):
+        raise ZeroDivisionError
+
+
+def _leave_generator(stream: Stream) -> None:
+    def generator() -> Iterator[Delta]:
+        yield from stream
+
+    next(generator())
+
+
+def _kept(leave: Callable[[Stream], None]) -> Callable[[VLLMClient, list[Stream]], None]:
+    def leave_kept(client: VLLMClient, kept: list[Stream]) -> None:
+        kept.append(client.stream_complete("x"))
+        leave(kept[0])
+
+    return leave_kept
+
+
+@pytest.mark.parametrize(
+    "leave",
+    [
+        pytest.param(_kept(_raise_in_consumer), id="exception-in-with"),
+        pytest.param(_kept(_leave_with), id="leaving-with"),
+        pytest.param(lambda client, _kept: _raise_in_bare_loop(client), id="exception-in-a-loop"),
+        pytest.param(lambda client, _kept: next(client.stream_complete("x")), id="dropped"),
+        pytest.param(lambda client, _kept: _leave_generator(client.stream_complete("x")), id="generator-dropped"),
+    ],
+)
+@pytest.mark.parametrize("tls", [pytest.param(False, id="http"), pytest.param(True, id="https")])
+def test_leaving_a_stream_stops_the_server(connect, tls_files, leave, tls):
+    with StandIn(tls=tls_files if tls else None) as server:
+        server.script(_trickle(9, chunk(text_event("a")), SSE_HEAD, 0.01))
+        client = connect(server, verify=tls_files[0] if tls else True)
+        kept: list[Stream] = []
+        with contextlib.suppress(ZeroDivisionError):
+            leave(client, kept)
+        server.aborted.get(timeout=1)
+        assert client.complete(PROMPT).text == " Paris."
+        assert [request.connection for request in server.requests] == [1, 2]
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        pytest.param(lambda client: client.complete("x"), id="complete"),
+        pytest.param(lambda client: client.chat("x"), id="chat"),
+        pytest.param(lambda client: client.models(), id="models"),
+        pytest.param(lambda client: client.version(), id="version"),
+        pytest.param(lambda client: client.tokenize("x"), id="tokenize"),
+        pytest.param(lambda client: client.detokenize([1]), id="detokenize"),
+        pytest.param(lambda client: client.health(), id="health"),
+        pytest.param(lambda client: client.health(wait=20), id="health-wait"),
+    ],
+)
+def test_closing_a_client_stops_every_call(server, connect, call):
+    client = connect(server, max_retries=5)
+    server.script(*[stall()] * 3)
+    callers = [InThread(call, client) for _ in range(3)]
+    wait_until(lambda: len(server.requests) == 3)
+    begun = time.monotonic()
+    client.close()
+    assert [type(caller.outcome()) for caller in callers] == [AbortError] * 3
+    assert time.monotonic() - begun < 0.9
+    for _ in callers:
+        server.aborted.get(timeout=1)
+    assert len(server.requests) == 3
+    assert client.complete(PROMPT).text == " Paris."
+
+
+def test_closing_a_client_while_it_waits_for_a_server(connect):
+    client = connect(f"http://127.0.0.1:{closed_port()}")
+    caller = InThread(client.health, 20.0)
+    time.sleep(0.1)
+    begun = time.monotonic()
+    client.close()
+    assert type(caller.outcome()) is AbortError
+    assert time.monotonic() - begun < 0.9
+
+
+@pytest.mark.parametrize("tls", [pytest.param(False, id="http"), pytest.param(True, id="https")])
+@pytest.mark.parametrize("stop", STOPS)
+def test_stop_while_events_pour_in(connect, tls_files, stop, tls):
+    """Neither thread may see anything but the end, wherever the other one is."""
+    flood = chunk(text_event("a")) * 50
+    with StandIn(tls=tls_files if tls else None) as server:
+        client = connect(server, verify=tls_files[0] if tls else True)
+        for _ in range(5):
+            server.script(_trickle(1000, flood, SSE_HEAD, 0.0))
+            stream = client.stream_complete("x")
+            caller = InThread(list, stream)
+            wait_until(lambda stream=stream: stream.completion.choices)
+            STOPS[stop](client, stream)
+            outcome = caller.outcome()
+            assert isinstance(outcome, list if stop == "close" else AbortError), outcome
+            assert set(stream.completion.text) == {"a"}
+
+
+def test_a_thread_that_goes_on_while_another_closes_sees_the_end(server, connect, monkeypatch):
+    is_closing, close = threading.Event(), requests.Response.close
+
+    def slow_close(response: requests.Response) -> None:
+        is_closing.set()
+        time.sleep(0.1)
+        close(response)
+
+    monkeypatch.setattr(requests.Response, "close", slow_close)
+    server.script(stall(SSE_HEAD + chunk(text_event("a"))))
+    stream = connect(server).stream_complete("x")
+    assert next(stream).text == "a"
+    closer = InThread(stream.close)
+    assert is_closing.wait(IN_TIME)
+    assert next(stream, "the end") == "the end"
+    closer.outcome()
+
+
+def test_a_snapshot_may_be_taken_by_another_thread(server, connect, monkeypatch):
+    """Events with ever new fields make it hard: vLLM's last event brings one."""
+    server.script(sse(*[{**text_event("a"), f"field_{number}": 1} for number in range(1000)]))
+    stream = connect(server).stream_complete("x")
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        caller, sizes = InThread(list, stream), [0]
+        while sizes[-1] < 1000 and caller.is_at_work():
+            sizes.append(len(stream.completion.text))
+    finally:
+        sys.setswitchinterval(interval)
+    assert len(caller.outcome()) == 1000
+    assert sizes == sorted(sizes)
+    assert len(stream.completion.payload) == 1000
+
+
+def _script(code: str, *args: str) -> subprocess.Popen[str]:
+    """Return a Python that runs `code`, with this vllm_provider to import."""
+    env = {**os.environ, "PYTHONPATH": str(Path(vllm_provider.__file__).parent), "PYTHONDONTWRITEBYTECODE": "1"}
+    command = [sys.executable, "-W", "error", "-c", code, *args]
+    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+INTERRUPTED: Final = """
+import sys, threading, time, vllm_provider
+client = vllm_provider.VLLMClient(sys.argv[1], default_model="parrot")
+try:
+    if sys.argv[2] == "plain":
+        client.complete("x")
+    else:
+        stream = client.stream_complete("x")
+        for delta in stream:
+            pass
+except KeyboardInterrupt:
+    print("interrupted", threading.active_count(), flush=True)
+    time.sleep(20)  # alive: it is not the end of the process that stops the server
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no SIGINT for one process there")
+@pytest.mark.parametrize(
+    ("kind", "step"),
+    [
+        pytest.param("plain", stall(), id="plain"),
+        pytest.param("stream", stall(SSE_HEAD + chunk(text_event("a"))), id="stream"),
+    ],
+)
+def test_ctrl_c_stops_the_server(server, connect, kind, step):
+    server.script(step)
+    with _script(INTERRUPTED, server.url, kind) as process:
+        wait_until(lambda: server.requests)
+        time.sleep(0.05)
+        begun = time.monotonic()
+        process.send_signal(signal.SIGINT)
+        assert server.aborted.get(timeout=2) - begun < 1
+        assert process.stdout.readline() == "interrupted 1\n"
+        process.kill()
+
+
+# ---- Transport: TLS ---------------------------------------------------------
+
+
+@pytest.fixture
+def tls_server(tls_files) -> Iterator[StandIn]:
+    with StandIn(tls=tls_files) as one:
+        yield one
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
+def test_tls_with_its_own_ca(tls_server, tls_files, connect, host):
+    client = connect(tls_server.url.replace("127.0.0.1", host), verify=tls_files[0])
+    assert client.complete(PROMPT).text == " Paris."
+    assert [delta.text for delta in client.stream_complete(PROMPT)] == [" Paris", ".", ""]
+    assert [request.connection for request in tls_server.requests] == [1, 1]
+
+
+@pytest.mark.filterwarnings("ignore:Unverified HTTPS request")
+def test_tls_unverified(tls_server, connect):
+    assert connect(tls_server, verify=False).complete(PROMPT).text == " Paris."
+
+
+@pytest.mark.parametrize(
+    ("host", "verify", "reason"),
+    [
+        pytest.param("127.0.0.1", certifi.where(), "CERTIFICATE_VERIFY_FAILED", id="another-ca"),
+        pytest.param("127.0.0.1", True, "CERTIFICATE_VERIFY_FAILED", id="no-ca-of-ours"),
+        pytest.param("other.test", None, "CERTIFICATE_VERIFY_FAILED", id="another-host"),
+    ],
+)
+def test_a_certificate_that_is_not_good_is_not_retried(
+    tls_server, tls_files, connect, pauses, vllm_test_host, host, verify, reason
+):
+    url = tls_server.url.replace("127.0.0.1", host)
+    error = error_of(connect(url, verify=tls_files[0] if verify is None else verify).complete, "x")
+    assert type(error) is NetworkError
+    advice = f"does {url} speak https, and does verify name its CA bundle?"
+    assert str(error) == f"no connection to {url}: TLS failed ({reason}); {advice}"
+    assert (error.retryable, pauses, tls_server.requests) == (False, [], [])
+
+
+def test_https_to_a_server_that_speaks_http(connect, pauses):
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def refuse() -> None:
+            with listener.accept()[0] as sock:
+                sock.recv(65536)
+                sock.sendall(reply(400, "Invalid HTTP request received."))
+
+        caller = InThread(refuse)
+        url = url_of(listener, "https")
+        error = error_of(connect(url).complete, "x")
+        caller.outcome()
+    assert type(error) is NetworkError
+    assert str(error).startswith(f"no connection to {url}: TLS failed (")
+    assert (error.retryable, pauses) == (False, [])
+
+
+def test_http_to_a_server_that_speaks_https(tls_server, connect, pauses):
+    url = tls_server.url.replace("https", "http")
+    error = error_of(connect(url).complete, "x")
+    assert type(error) is NetworkError
+    assert str(error).startswith(f"closed before a reply: POST {url}/v1/completions (")
+    assert str(error).endswith("); is vLLM still running, and is it http there?")
+    assert pauses == []
+
+
+@pytest.mark.parametrize(
+    ("verify", "is_trusted"),
+    [
+        pytest.param(True, True, id="environment-counts"),
+        pytest.param(certifi.where(), False, id="path-wins"),
+        pytest.param(False, True, id="off-wins"),
+    ],
+)
+@pytest.mark.parametrize("host", ["vllm.test", "localhost", "127.0.0.1"])
+@pytest.mark.filterwarnings("ignore:Unverified HTTPS request")
+def test_the_environments_ca_bundle(
+    tls_server, tls_files, connect, monkeypatch, vllm_test_host, host, verify, is_trusted
+):
+    make = connect  # it clears the environment
+    monkeypatch.setenv("REQUESTS_CA_BUNDLE", tls_files[0] if verify is not False else certifi.where())
+    client = make(tls_server.url.replace("127.0.0.1", host), verify=verify)
+    if is_trusted:
+        assert client.complete(PROMPT).text == " Paris."
+    else:
+        assert type(error_of(client.complete, PROMPT)) is NetworkError
+
+
+def test_a_connection_reset_while_tls_begins_is_retried(tls_server, tls_files, connect, pauses):
+    """A server that is starting behind a port forward does this."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def reset() -> None:
+            sock = listener.accept()[0]
+            sock.recv(1)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            sock.close()
+
+        caller = InThread(lambda: [reset() for _ in range(3)])
+        url = url_of(listener, "https")
+        error = error_of(connect(url, verify=tls_files[0], max_retries=2).complete, "x")
+        caller.outcome()
+    assert type(error) is NetworkError
+    assert str(error).startswith(f"no connection to {url}: connection reset by peer; is vLLM running?")
+    assert pauses == [0.5, 1.0]
+
+
+# ---- Transport: retries -----------------------------------------------------
+
+
+def test_a_server_that_is_not_up_yet(connect, pauses):
+    port = closed_port()
+    with contextlib.ExitStack() as stack:
+
+        def start() -> None:
+            if len(pauses) == 2:
+                stack.enter_context(StandIn(port))
+
+        pauses.on_pause = start
+        assert connect(f"http://127.0.0.1:{port}").complete(PROMPT).text == " Paris."
+    assert pauses == [0.5, 1.0]
+
+
+def test_a_server_that_is_down(connect, pauses):
+    url = f"http://127.0.0.1:{closed_port()}"
+    error = error_of(connect(url).complete, "x")
+    assert type(error) is NetworkError
+    text = f"no connection to {url}: connection refused; is vLLM running? (curl {url}/health)"
+    assert (str(error), error.retryable, pauses) == (text, True, [0.5, 1.0, 2.0])
+
+
+def _date(seconds: float) -> str:
+    return email.utils.formatdate(time.time() + seconds, usegmt=True)
+
+
+@pytest.mark.parametrize(
+    ("status", "headers", "pause"),
+    [
+        pytest.param(429, {}, 0.5, id="429"),
+        pytest.param(502, {}, 0.5, id="502"),
+        pytest.param(503, {}, 0.5, id="503"),
+        pytest.param(503, {"Retry-After": "7"}, 7.0, id="seconds"),
+        pytest.param(429, {"Retry-After": "1.5"}, 1.5, id="fractions-of-seconds"),
+        pytest.param(503, {"Retry-After": "0"}, 0.5, id="less-than-our-own"),
+        pytest.param(503, {"Retry-After": "-5"}, 0.5, id="negative"),
+        pytest.param(503, {"Retry-After": "soon"}, 0.5, id="nonsense"),
+        pytest.param(503, {"Retry-After": "inf"}, 0.5, id="infinite"),
+        pytest.param(503, {"Retry-After": _date(-100)}, 0.5, id="date-gone-by"),
+    ],
+)
+def test_what_is_retried(server, connect, pauses, status, headers, pause):
+    server.script(reply(status, {"error": "busy"}, headers))
+    assert connect(server).complete(PROMPT).text == " Paris."
+    assert (len(server.requests), pauses) == (2, [pause])
+
+
+def test_pause_until_a_date(server, connect, pauses):
+    server.script(lambda connection: connection.send(reply(503, "", {"Retry-After": _date(20)})))
+    assert connect(server).complete(PROMPT).text == " Paris."
+    assert pauses == [pytest.approx(19.5, abs=2)]
+
+
+@pytest.mark.parametrize(
+    ("status", "kind"),
+    [
+        pytest.param(400, InvalidRequestError, id="400"),
+        pytest.param(403, AccessDeniedError, id="403"),
+        pytest.param(500, ProviderUnavailableError, id="500"),
+        pytest.param(501, ProviderUnavailableError, id="501"),
+        pytest.param(504, ProviderUnavailableError, id="504-vllm-is-still-at-work"),
+        pytest.param(418, StatusError, id="418"),
+    ],
+)
+def test_what_is_not_retried(server, connect, pauses, status, kind):
+    server.script(reply(status, {"error": "no"}, {"Retry-After": "1"}))
+    error = error_of(connect(server).complete, "x")
+    assert (type(error), error.status_code, error.retry_after) == (kind, status, 1.0)
+    assert error.server_message == "no"
+    assert (len(server.requests), pauses) == (1, [])
+
+
+def test_unknown_hosts_are_not_retried(connect, pauses, monkeypatch):
+    def look_up(*_args: Any, **_options: Any) -> None:
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", look_up)
+    error = error_of(connect("http://vlm.test:8000").complete, "x")
+    text = "no connection to http://vlm.test:8000: unknown host; is base_url spelled right?"
+    assert (type(error), str(error), error.retryable, pauses) == (NetworkError, text, False, [])
+
+
+def test_retries_end_with_the_last_error(server, connect, pauses, caplog):
+    server.script(*[reply(503, {"error": "busy"}), reply(429, {"error": "quota"})] * 2)
+    error = error_of(connect(server).complete, "x")
+    assert type(error) is RateLimitError
+    assert (error.status_code, error.retryable, error.server_message) == (429, True, "quota")
+    assert (len(server.requests), pauses) == (4, [0.5, 1.0, 2.0])
+    where = f"POST {server.url}/v1/completions"
+    assert [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING] == [
+        f"retry 1 of 3 in 0.5 s: 503 'busy': {where}",
+        f"retry 2 of 3 in 1.0 s: 429 'quota': {where}",
+        f"retry 3 of 3 in 2.0 s: 503 'busy': {where}",
+    ]
+
+
+def test_no_retries_at_all(server, connect, pauses):
+    server.script(reply(503, {"error": "busy"}))
+    assert type(error_of(connect(server, max_retries=0).complete, "x")) is ProviderUnavailableError
+    assert (len(server.requests), pauses) == (1, [])
+
+
+def test_pauses_double_up_to_max_retry_delay(server, connect, pauses):
+    server.script(*[reply(503)] * 6)
+    assert connect(server, max_retries=6, max_retry_delay=3).complete(PROMPT).text == " Paris."
+    assert pauses == [0.5, 1.0, 2.0, 3.0, 3.0, 3.0]
+
+
+def test_pauses_are_random_within_their_upper_half(server, connect, pauses, monkeypatch):
+    asked = []
+    monkeypatch.setattr(random, "uniform", lambda low, high: asked.append((low, high)) or low)
+    server.script(reply(503), reply(503))
+    connect(server).complete(PROMPT)
+    assert (asked, pauses) == ([(0.25, 0.5), (0.5, 1.0)], [0.25, 0.5])
+
+
+def test_a_server_that_goes_down_between_attempts(server, connect, pauses):
+    pauses.on_pause = server.close
+    server.script(reply(503))
+    error = error_of(connect(server).complete, "x")
+    text = f"no connection to {server.url}: connection refused; is vLLM running? (curl {server.url}/health)"
+    assert (type(error), str(error), pauses) == (NetworkError, text, [0.5, 1.0, 2.0])
+
+
+@pytest.mark.parametrize("retry_after", [pytest.param("31", id="seconds"), pytest.param(_date(3600), id="date")])
+def test_a_retry_after_above_max_retry_delay_ends_it(server, connect, pauses, retry_after):
+    server.script(reply(429, {"error": "quota"}, {"Retry-After": retry_after}))
+    error = error_of(connect(server, max_retry_delay=30).complete, "x")
+    assert (type(error), error.retryable, error.retry_after > 30) == (RateLimitError, True, True)
+    assert (len(server.requests), pauses) == (1, [])
+
+
+def test_streams_are_retried_too(server, connect, pauses):
+    server.script(reply(503))
+    assert [delta.text for delta in connect(server).stream_complete(PROMPT)] == [" Paris", ".", ""]
+    assert pauses == [0.5]
+
+
+def test_each_attempt_has_an_id_of_its_own(server, connect, pauses):
+    server.script(reply(503), reply(503), path="/v1/completions")
+    client = connect(server, default_model=None)
+    first, second = client.complete(PROMPT), client.complete(PROMPT)
+    ids = [request.headers["X-Request-Id"] for request in server.requests if request.method == "POST"]
+    assert ids == [f"{first.request_id}-{n}" for n in (1, 2, 3)] + [f"{second.request_id}-1"]
+    assert re.fullmatch(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", first.request_id)
+    assert first.id == f"cmpl-{ids[2]}"
+
+
+def test_the_callers_request_id_goes_unchanged(server, connect, pauses):
+    server.script(reply(503))
+    completion = connect(server).complete(PROMPT, request_id="mine-7")
+    assert completion.request_id == "mine-7"
+    assert [request.headers["X-Request-Id"] for request in server.requests] == ["mine-7", "mine-7"]
+    assert error_of(connect(server).complete, "", request_id="mine-8").request_id == "mine-8"
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        pytest.param(Connection.close, id="no-byte-on-a-fresh-connection"),
+        pytest.param(Connection.reset, id="reset-on-a-fresh-connection"),
+        pytest.param(lambda connection: (connection.send(b"H"), connection.close()), id="one-byte"),
+        pytest.param(lambda connection: (connection.send(SSE_HEAD), connection.close()), id="headers"),
+        pytest.param(stall(b"", 0.01), id="silence-then-close"),
+    ],
+)
+def test_what_may_have_started_is_not_sent_again(server, connect, pauses, step):
+    server.script(lambda connection: (step(connection), connection.close()))
+    error = error_of(list, connect(server).stream_complete("x"))
+    assert isinstance(error, NetworkError | StreamError | ProtocolError)
+    assert (len(server.requests), pauses) == (1, [])
+
+
+# ---- Transport: connections -------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "step", [pytest.param(Connection.close, id="closed"), pytest.param(Connection.reset, id="reset")]
+)
+def test_a_stale_connection_never_shows(server, connect, pauses, caplog, step):
+    """The server closes an idle connection at the very moment it is used again."""
+    client = connect(server, max_retries=0)
+    server.script(None, step, None, step)
+    assert [client.complete(PROMPT).text for _ in range(2)] == [" Paris."] * 2
+    assert [delta.text for delta in client.stream_complete(PROMPT)] == [" Paris", ".", ""]
+    assert [request.connection for request in server.requests] == [1, 1, 2, 2, 3]
+    assert pauses == []
+    ids = [request.headers["X-Request-Id"] for request in server.requests]
+    assert len(set(ids)) == 5
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+def test_a_stale_connection_never_shows_after_asking_for_the_model(server, connect, pauses):
+    client = connect(server, max_retries=0, default_model=None)
+    server.script(Connection.close, path="/v1/completions")
+    assert client.complete(PROMPT).text == " Paris."
+    assert [request.connection for request in server.requests] == [1, 1, 2]
+    assert pauses == []
+
+
+def test_several_stale_connections_cost_one_attempt(server, connect):
+    client = connect(server, max_retries=0)
+    barrier = threading.Barrier(3)
+    server.script(*[lambda connection: (barrier.wait(IN_TIME), server.answer(connection))] * 3)
+    callers = [InThread(client.complete, PROMPT) for _ in range(3)]
+    assert [caller.outcome().text for caller in callers] == [" Paris."] * 3
+    server.script(Connection.close)
+    assert client.complete(PROMPT).text == " Paris."
+    assert [request.connection for request in server.requests[4:]] == [4]
+
+
+@pytest.mark.parametrize("told", [pytest.param(b"H", id="a-byte"), pytest.param(SSE_HEAD[:40], id="half-a-head")])
+def test_a_used_connection_that_has_begun_to_answer_is_not_stale(server, connect, pauses, told):
+    client = connect(server)
+    server.script(None, lambda connection: (connection.send(told), connection.pause(0.05), connection.reset()))
+    client.complete(PROMPT)
+    error = error_of(client.complete, PROMPT)
+    assert type(error) is NetworkError
+    assert str(error).startswith(f"closed before a reply: POST {server.url}/v1/completions (")
+    assert (len(server.requests), pauses) == (2, [])
+
+
+def test_a_fresh_connection_after_a_stale_one_gets_no_second_chance(server, connect, pauses):
+    client = connect(server)
+    server.script(None, Connection.close, Connection.close)
+    client.complete(PROMPT)
+    assert type(error_of(client.complete, PROMPT)) is NetworkError
+    assert (len(server.requests), pauses) == (3, [])
+
+
+def test_idle_connections_are_not_used_again(server, connect, monkeypatch):
+    client = connect(server)
+    client.complete(PROMPT)
+    client.complete(PROMPT)
+    monkeypatch.setattr(vllm_provider, "IDLE_REUSE_S", 0.0)
+    client.complete(PROMPT)
+    assert [request.connection for request in server.requests] == [1, 1, 2]
+
+
+def test_connections_are_reused(server, connect):
+    client = connect(server, default_model=None)
+    client.complete(PROMPT)
+    list(client.stream_complete(PROMPT))
+    list(client.stream_chat("Hello", logprobs=2))
+    client.tokenize("x")
+    client.models()
+    error_of(client.complete, "")
+    client.version()
+    client.complete(PROMPT)
+    assert {request.connection for request in server.requests} == {1}
+
+
+def test_health_leaves_the_connection_for_the_next_call(server, connect):
+    client = connect(server)
+    client.health()
+    client.complete(PROMPT)
+    assert [request.connection for request in server.requests] == [1, 1]
+
+
+def test_a_stream_whose_last_bytes_come_late_leaves_its_connection(server, connect, monkeypatch):
+    monkeypatch.setattr(vllm_provider, "DRAIN_S", IN_TIME)
+
+    def step(connection: Connection) -> None:
+        connection.send(sse(text_event("a"), end=False))
+        connection.pause(0.05)
+        connection.send(LAST_CHUNK)
+
+    server.script(step)
+    client = connect(server)
+    assert [delta.text for delta in client.stream_complete("x")] == ["a"]
+    client.complete(PROMPT)
+    assert [request.connection for request in server.requests] == [1, 1]
+
+
+def test_a_connection_the_server_closes_is_not_used_again(server, connect, pauses):
+    client = connect(server, max_retries=0)
+    server.script(reply(200, text_event("a"), {"Connection": "close"}))
+    assert [client.complete(PROMPT).text for _ in range(2)] == ["a", " Paris."]
+    assert [request.connection for request in server.requests] == [1, 2]
+
+
+def test_many_threads_share_a_client(server, connect):
+    client = connect(server, default_model=None, max_concurrency=8)
+
+    def ask(number: int) -> list[str]:
+        prompts = [f"say {number} {turn}" for turn in range(4)]
+        streamed = ["".join(delta.text for delta in client.stream_complete(prompt)) for prompt in prompts]
+        return [client.complete(prompt).text for prompt in prompts] + streamed
+
+    callers = [InThread(ask, number) for number in range(24)]
+    for number, caller in enumerate(callers):
+        assert caller.outcome(30) == [f" You said: say {number} {turn}" for turn in range(4)] * 2
+    assert server.aborted.empty()
+
+
+def test_a_client_can_be_pickled(server, connect):
+    client = connect(server, api_key="sekrit", default_headers={"X-Team": "a"})
+    client.complete(PROMPT)
+    with pickle.loads(pickle.dumps(client)) as copied:
+        assert copied.config == client.config
+        assert copied.complete(PROMPT).text == " Paris."
+    assert [request.connection for request in server.requests] == [1, 2]
+    assert server.requests[1].headers["Authorization"] == "Bearer sekrit"
+
+
+FORKED: Final = """
+import os, sys, vllm_provider
+client = vllm_provider.VLLMClient(sys.argv[1], default_model="parrot")
+client.complete("x")
+child = os.fork()
+if child == 0:
+    print("child:", client.complete("x").text, flush=True)
+    client.close()
+    os._exit(0)
+os.waitpid(child, 0)
+print("parent:", client.complete("x").text, flush=True)
+"""
+FORKED_IN_MID_STREAM: Final = """
+import os, sys, vllm_provider
+with vllm_provider.VLLMClient(sys.argv[1], default_model="parrot") as client:
+    with client.stream_complete("x") as stream:
+        next(stream)
+        child = os.fork()
+        if child == 0:
+            sys.exit()  # leaves both blocks
+        os.waitpid(child, 0)
+        client.complete("y")
+        print("parent:", "".join(delta.text for delta in stream), flush=True)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork there")
+def test_a_forked_process_has_connections_of_its_own(server, connect):
+    with _script(FORKED, server.url) as process:
+        assert process.communicate(timeout=20)[0] == "child:  You said: x\nparent:  You said: x\n"
+    assert [request.connection for request in server.requests] == [1, 2, 1]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork there")
+def test_a_forked_process_that_ends_leaves_the_parents_stream_alone(server, connect):
+    def step(connection: Connection) -> None:
+        connection.send(SSE_HEAD + chunk(text_event("a")) + chunk(text_event("b")))
+        wait_until(lambda: len(server.requests) == 2)
+        connection.send(chunk(text_event("c")) + chunk("[DONE]") + LAST_CHUNK)
+
+    server.script(step)
+    with _script(FORKED_IN_MID_STREAM, server.url) as process:
+        assert process.communicate(timeout=20)[0] == "parent: bc\n"
+
+
+# ---- Transport: the environment ---------------------------------------------
+
+
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+def test_redirects_are_not_followed(server, connect, pauses, status):
+    with StandIn() as other:
+        server.script(reply(status, "", {"Location": f"{other.url}/prefix/v1/completions"}))
+        error = error_of(connect(server, api_key="sekrit").complete, "x")
+        assert other.requests == []
+    assert type(error) is StatusError
+    assert (error.status_code, error.retryable, len(server.requests), pauses) == (status, False, 1, [])
+    target = f"{other.url}/prefix/v1/completions"
+    where = f"POST {server.url}/v1/completions"
+    advice = f"which is not followed, lest the prompt go astray: set base_url to '{other.url}/prefix'"
+    assert str(error) == f"{where} is redirected to '{target}', {advice}"
+
+
+@pytest.mark.parametrize(
+    ("api_key", "sent"),
+    [pytest.param("sekrit", "Bearer sekrit", id="key"), pytest.param("EMPTY", None, id="no-key")],
+)
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "vllm.test"])
+def test_netrc_does_not_replace_the_key(server, connect, monkeypatch, tmp_path, vllm_test_host, host, api_key, sent):
+    netrc = tmp_path / "netrc"
+    netrc.write_text(f"machine {host} login wrong password wrong\ndefault login wrong password wrong\n")
+    monkeypatch.setenv("NETRC", str(netrc))
+    client = connect(server.url.replace("127.0.0.1", host), api_key=api_key)
+    client.complete(PROMPT)
+    list(client.stream_complete(PROMPT))
+    client.models()
+    assert [request.headers["Authorization"] for request in server.requests] == [sent] * 3
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
+def test_a_proxy_is_not_asked_for_this_machine(server, connect, monkeypatch, host):
+    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY"):
+        monkeypatch.setenv(name, f"http://127.0.0.1:{closed_port()}")
+    assert connect(server.url.replace("127.0.0.1", host)).complete(PROMPT).text == " Paris."
+
+
+def test_a_proxy_of_the_environment_is_used(server, connect, monkeypatch):
+    monkeypatch.setenv("HTTP_PROXY", server.url.replace("//", "//user:pass@"))
+    server.script(reply(200, text_event("a")), sse(text_event("b")))
+    client = connect("http://vllm.test:8000", api_key="sekrit")
+    assert client.complete("x").text == "a"
+    assert [delta.text for delta in client.stream_complete("x")] == ["b"]
+    assert [request.path for request in server.requests] == ["http://vllm.test:8000/v1/completions"] * 2
+    assert [request.connection for request in server.requests] == [1, 1]
+    headers = server.requests[0].headers
+    assert (headers["Host"], headers["Authorization"]) == ("vllm.test:8000", "Bearer sekrit")
+    assert headers["Proxy-Authorization"] == "Basic dXNlcjpwYXNz"
+
+
+def test_no_proxy_of_the_environment_counts(server, connect, monkeypatch, vllm_test_host):
+    monkeypatch.setenv("HTTP_PROXY", f"http://127.0.0.1:{closed_port()}")
+    monkeypatch.setenv("NO_PROXY", "vllm.test")
+    assert connect(server.url.replace("127.0.0.1", "vllm.test")).complete(PROMPT).text == " Paris."
+
+
+def test_a_proxy_that_is_down(connect, monkeypatch, pauses):
+    monkeypatch.setenv("HTTP_PROXY", f"http://user:sekrit@127.0.0.1:{closed_port()}")
+    error = error_of(connect("http://vllm.test:8000").complete, "x")
+    assert type(error) is NetworkError
+    assert str(error).startswith("no connection to http://vllm.test:8000: its proxy failed (")
+    assert str(error).endswith("); check HTTPS_PROXY and NO_PROXY")
+    assert "sekrit" not in str(error)
+    assert pauses == [0.5, 1.0, 2.0]
+
+
+@pytest.mark.parametrize("stop", STOPS)
+def test_stop_behind_a_proxy(server, connect, monkeypatch, stop):
+    monkeypatch.setenv("HTTP_PROXY", server.url)
+    server.script(stall(SSE_HEAD + chunk(text_event("a"))))
+    client = connect("http://vllm.test:8000")
+    stream = client.stream_complete("x")
+    caller = InThread(list, stream)
+    wait_until(lambda: stream.completion.text)
+    STOPS[stop](client, stream)
+    caller.outcome()
+    server.aborted.get(timeout=1)
+
+
+class Tunnel:
+    """A proxy that knows CONNECT alone, and sends every tunnel to one address."""
+
+    def __init__(self, to: int, status: str = "200 Connection established") -> None:
+        self.requests: list[bytes] = []
+        self._to, self._status = to, status
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.url = url_of(self._listener)
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                threading.Thread(target=self._serve, args=(self._listener.accept()[0],), daemon=True).start()
+
+    def _serve(self, near: socket.socket) -> None:
+        with near, socket.create_connection(("127.0.0.1", self._to)) as far, contextlib.suppress(OSError):
+            self.requests.append(near.recv(65536))
+            near.sendall(f"HTTP/1.1 {self._status}\r\n\r\n".encode())
+            back = threading.Thread(target=self._pump, args=(far, near), daemon=True)
+            back.start()
+            self._pump(near, far)
+            back.join()
+
+    def _pump(self, source: socket.socket, target: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while raw := source.recv(65536):
+                target.sendall(raw)
+            target.shutdown(socket.SHUT_WR)
+
+    def __enter__(self) -> "Tunnel":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+
+
+def test_https_through_a_proxy(tls_server, tls_files, connect, monkeypatch):
+    port = int(tls_server.url.rpartition(":")[2])
+    with Tunnel(port) as tunnel:
+        monkeypatch.setenv("HTTPS_PROXY", tunnel.url)
+        client = connect(f"https://vllm.test:{port}", verify=tls_files[0], api_key="sekrit")
+        assert client.complete(PROMPT).text == " Paris."
+        assert [delta.text for delta in client.stream_complete(PROMPT)] == [" Paris", ".", ""]
+        assert [request.connection for request in tls_server.requests] == [1, 1]
+        assert [raw.split()[:2] for raw in tunnel.requests] == [[b"CONNECT", b"vllm.test:%d" % port]]
+        assert b"sekrit" not in tunnel.requests[0]
+        tls_server.script(stall(SSE_HEAD + chunk(text_event("a"))))
+        stream = client.stream_complete("x")
+        caller = InThread(list, stream)
+        wait_until(lambda: stream.completion.text)
+        stream.cancel()
+        assert type(caller.outcome()) is AbortError
+        tls_server.aborted.get(timeout=1)
+        client.close()
+
+
+def test_a_proxy_that_refuses_the_tunnel(tls_server, tls_files, connect, monkeypatch, pauses):
+    with Tunnel(int(tls_server.url.rpartition(":")[2]), "407 Proxy Authentication Required") as tunnel:
+        monkeypatch.setenv("HTTPS_PROXY", tunnel.url)
+        error = error_of(connect("https://vllm.test", verify=tls_files[0]).complete, "x")
+    assert type(error) is NetworkError
+    cause = "Tunnel connection failed: 407 Proxy Authentication Required"
+    assert (
+        str(error) == f"no connection to https://vllm.test: its proxy failed ({cause}); check HTTPS_PROXY and NO_PROXY"
+    )
+    assert (pauses, tls_server.requests) == ([], [])
+
+
+# ---- Transport: what it costs, what it logs ---------------------------------
+
+
+def test_memory_of_a_long_stream(server, connect):
+    count, token = 15_000, "word "
+    raw = SSE_HEAD + chunk(text_event(token)) * count + chunk("[DONE]") + LAST_CHUNK
+    server.script(sse(text_event("a")), raw)
+    client = connect(server)
+    list(client.stream_complete("x"))
+    stream = client.stream_complete("x")
+    tracemalloc.start()
+    try:
+        assert sum(1 for _delta in stream) == count
+        kept = tracemalloc.get_traced_memory()[0]
+    finally:
+        tracemalloc.stop()
+    assert stream.completion.text == token * count
+    assert kept < 8 * len(token) * count + 100_000
+
+
+def test_what_is_logged(server, connect, pauses, caplog):
+    caplog.set_level(logging.DEBUG)
+    server.script(reply(503, {"error": "busy"}))
+    client = connect(server, api_key="sekrit", default_headers={"X-Token": "hush-hush"})
+    completion = client.complete("a private prompt")
+    where, uuid = f"POST {server.url}/v1/completions", completion.request_id
+    size = len(server.requests[0].raw)
+    ours = [(r.levelname, r.getMessage()) for r in caplog.records if r.name == "vllm_provider"]
+    assert ours == [
+        ("DEBUG", f"{where}, {size} bytes, request {uuid}-1"),
+        ("DEBUG", f"{where}: 503, request {uuid}-1"),
+        ("WARNING", f"retry 1 of 3 in 0.5 s: 503 'busy': {where}"),
+        ("DEBUG", f"{where}, {size} bytes, request {uuid}-2"),
+        ("DEBUG", f"{where}: 200, request {uuid}-2"),
+    ]
+    for secret in ("sekrit", "hush-hush", "private prompt"):
+        assert secret not in caplog.text
+
+
+def test_importing_configures_no_logging(connect):
+    code = (
+        "import logging, vllm_provider; one = logging.getLogger('vllm_provider');"
+        "print(logging.root.handlers, logging.root.level, one.handlers, one.level, one.propagate)"
+    )
+    with _script(code) as process:
+        assert process.communicate(timeout=20)[0] == "[] 30 [] 0 True\n"
+
+
+# ---- Transport: the small endpoints -----------------------------------------
+
+
+def test_health_waits_for_a_server_that_starts(connect, pauses):
+    port = closed_port()
+    with contextlib.ExitStack() as stack:
+
+        def start() -> None:
+            if len(pauses) == 3:
+                one = stack.enter_context(StandIn(port))
+                one.script(reply(503), reply(503))
+
+        pauses.on_pause = start
+        assert connect(f"http://127.0.0.1:{port}").health(wait=60) is None
+    assert pauses == [0.5] * 5
+
+
+def test_health_does_not_wait_unasked(server, connect, pauses):
+    client = connect(server)
+    assert client.health() is None
+    assert (server.requests[0].method, server.requests[0].path) == ("GET", "/health")
+    server.script(reply(503))
+    assert type(error_of(client.health)) is ProviderUnavailableError
+    error = error_of(connect(f"http://127.0.0.1:{closed_port()}").health)
+    assert (type(error), pauses, len(server.requests)) == (NetworkError, [], 2)
+
+
+def test_health_waits_no_longer_than_it_may(connect):
+    begun = time.monotonic()
+    error = error_of(connect(f"http://127.0.0.1:{closed_port()}").health, 0.7)
+    assert 0.1 < time.monotonic() - begun < IN_TIME
+    assert type(error) is NetworkError
+
+
+def test_health_of_a_server_that_is_not_vllm_does_not_wait(server, connect, pauses):
+    server.script(reply(404, {"detail": "Not Found"}))
+    assert error_of(connect(server).health, 60).status_code == 404
+    assert pauses == []
+
+
+def test_version_is_not_retried(server, connect, pauses):
+    client = connect(server)
+    assert client.version() == "0.32.0"
+    server.script(reply(503))
+    assert type(error_of(client.version)) is ProviderUnavailableError
+    assert pauses == []
+
+
+def test_tokens_there_and_back(server, connect):
+    client = connect(server)
+    text = "The capital of France is"
+    ids = client.tokenize(text, add_special_tokens=False)
+    assert len(ids) == 5
+    assert client.detokenize(ids) == text
+    assert [request.body for request in server.requests] == [
+        {"prompt": text, "add_special_tokens": False, "model": MODEL},
+        {"model": MODEL, "tokens": ids},
+    ]
+    rendered = client.detokenize(client.tokenize([{"role": "user", "content": "Hi"}]))
+    assert rendered == "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+
+
+def test_models_and_their_loras(server, connect):
+    base = {"id": "base", "object": "model", "root": "org/base", "parent": None, "max_model_len": 2048}
+    lora = {"id": "sql", "object": "model", "root": "/loras/sql", "parent": "base", "max_model_len": None}
+    server.script(reply(200, {"object": "list", "data": [base, lora]}))
+    client = connect(server)
+    assert client.models() == [ModelCard("base", 2048, "org/base"), ModelCard("sql", 2048, "/loras/sql", "base")]
+    assert client.models() == [ModelCard(MODEL, 2048, f"tiny/{MODEL}")]
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        pytest.param(reply(200, {"data": [{"name": "m"}]}), id="no-id"),
+        pytest.param(reply(200, {"models": []}), id="no-data"),
+        pytest.param(reply(200, "<html>"), id="html"),
+    ],
+)
+def test_models_of_another_server(server, connect, raw):
+    server.script(raw)
+    error = error_of(connect(server).models)
+    assert type(error) is ProtocolError
+    assert f"GET {server.url}/v1/models" in str(error)
+    assert ADVICE in str(error)
+
+
+@pytest.mark.parametrize("call", ["models", "version", "health"])
+def test_the_key_goes_with_every_question(connect, call):
+    with StandIn(api_key="sekrit") as server:
+        getattr(connect(server, api_key="sekrit"), call)()
+        assert server.requests[0].headers["Authorization"] == "Bearer sekrit"
+        assert server.requests[0].headers["User-Agent"] == f"vllm_provider/{vllm_provider.__version__}"
+
+
+# ---- Transport: against a real server ---------------------------------------
+
+
+@pytest.mark.live
+@pytest.mark.parametrize("stop", STOPS)
+def test_live_stop(connect, stop):
+    client = connect(VLLM_LIVE_URL, default_model=None)
+    stream = client.stream_complete("Once upon a time", max_tokens=2000, temperature=0, ignore_eos=True)
+    caller = InThread(list, stream)
+    wait_until(lambda: stream.completion.text)
+    STOPS[stop](client, stream)
+    caller.outcome(1)
+    wait_until(lambda: _live_running() == 0, 1)
+
+
+def _live_running() -> float:
+    host, _, port = VLLM_LIVE_URL.removeprefix("http://").partition(":")
+    with socket.create_connection((host, int(port or 80))) as sock:
+        sock.sendall(f"GET /metrics HTTP/1.0\r\nHost: {host}\r\n\r\n".encode())
+        text = b"".join(iter(lambda: sock.recv(65536), b"")).decode()
+    return sum(float(number) for number in re.findall(r"^vllm:num_requests_running\{.*\} (\S+)$", text, re.MULTILINE))
+
+
+# SPDX-License-Identifier: MIT
+
+
+# ---- Amplifier: what the tests share ----------------------------------------
+
+AMP_EVENTS = (
+    *("llm:request", "llm:response", "provider:retry", "provider:tool_sequence_repaired"),
+    *("llm:stream_block_start", "llm:stream_block_delta", "llm:stream_block_end", "llm:stream_aborted"),
+    *("llm:request:debug", "llm:response:debug", "llm:request:raw", "llm:response:raw"),
+)
+AMP_WEATHER = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
+AMP_TOOL = ToolSpec(name="get_weather", description="Get the weather of a city.", parameters=AMP_WEATHER)
+AMP_WIRE_TOOL = {
+    "type": "function",
+    "function": {"name": "get_weather", "description": "Get the weather of a city.", "parameters": AMP_WEATHER},
+}
+AMP_IN_TIME_S = 3.0  # where a tenth of a second is promised: a slow machine must not fail the test
+AMP_SYNC_S = 20.0  # what is waited for in a test that is about to fail
+
+
+@dataclass
+class AmpHost:
+    """A mounted provider, and the events its hooks have seen: name and payload, without the kernel's own keys."""
+
+    provider: VLLMProvider
+    coordinator: Any
+    events: list[tuple[str, dict[str, Any]]]
+    close: Callable[[], Any]
+
+    def names(self) -> list[str]:
+        return [name for name, _ in self.events]
+
+    def payloads(self, name: str) -> list[dict[str, Any]]:
+        return [payload for event, payload in self.events if event == name]
+
+    def told(self) -> list[tuple[str, dict[str, Any]]]:
+        """Return the events, what differs from run to run being checked and replaced."""
+        assert len({payload["request_id"] for name, payload in self.events if "repaired" not in name}) == 1
+        told = []
+        for name, payload in self.events:
+            shown = dict(payload)
+            if "request_id" in shown:
+                shown["request_id"] = "ID"
+            if name == "llm:response":
+                assert type(shown["duration_ms"]) is int
+                assert 0 <= shown["duration_ms"] < AMP_SYNC_S * 1000
+                shown["duration_ms"] = 0
+            told.append((name, shown))
+        return told
+
+
+@pytest.fixture
+def amp_server(monkeypatch: pytest.MonkeyPatch) -> Iterator[StandIn]:
+    monkeypatch.delenv("VLLM_BASE_URL", raising=False)
+    monkeypatch.delenv("VLLM_API_KEY", raising=False)
+    with StandIn() as server:
+        yield server
+
+
+async def amp_mount(server: StandIn | str, **config: Any) -> AmpHost:
+    """Mount as the kernel does. With a model named, so that the server is asked nothing on the side."""
+    coordinator, events = MockCoordinator(), []
+
+    async def record(event: str, payload: dict[str, Any]) -> None:
+        events.append((event, {key: value for key, value in payload.items() if key != "timestamp"}))
+
+    for name in AMP_EVENTS:
+        coordinator.hooks.register(name, record, priority=1, name=f"record {name}")
+    url = server if isinstance(server, str) else server.url
+    close = await mount(coordinator, {"base_url": url, "default_model": MODEL, "context_window": 2048, **config})
+    return AmpHost(coordinator.get("providers")["vllm"], coordinator, events, close)
+
+
+def amp_ask(*texts: str, **fields: Any) -> ChatRequest:
+    """Return a request: the user's words, then in turn the assistant's and the user's."""
+    roles = ("user", "assistant")
+    messages = [Message(role=roles[number % 2], content=text) for number, text in enumerate(texts or ("Hello",))]
+    return ChatRequest(messages=messages, **fields)
+
+
+def amp_bodies(server: StandIn, end: str = "completions") -> list[Any]:
+    return [request.body for request in server.requests if request.path.endswith(end)]
+
+
+def amp_paths(server: StandIn) -> list[str]:
+    return [request.path for request in server.requests]
+
+
+def amp_choice(delta: Mapping[str, Any], **more: Any) -> dict[str, Any]:
+    """Return a chunk of a streamed chat reply."""
+    choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": None} | more
+    return {"id": "chatcmpl-1", "object": "chat.completion.chunk", "model": MODEL, "choices": [choice]}
+
+
+def amp_usage(prompt: int, output: int, **more: Any) -> dict[str, Any]:
+    usage = {"prompt_tokens": prompt, "completion_tokens": output, "total_tokens": prompt + output, **more}
+    return {"id": "chatcmpl-1", "object": "chat.completion.chunk", "model": MODEL, "choices": [], "usage": usage}
+
+
+def amp_chat(*deltas: Mapping[str, Any], finish: str = "stop", **more: Any) -> bytes:
+    """Return a streamed chat reply: 5 tokens in, 7 out."""
+    chunks = [amp_choice({"role": "assistant", "content": ""}), *map(amp_choice, deltas)]
+    return sse(*chunks, amp_choice({}, finish_reason=finish, **more), amp_usage(5, 7))
+
+
+def amp_call(arguments: str, name: str = "get_weather", call_id: str = "call_1", index: int = 0) -> dict[str, Any]:
+    function = {"name": name, "arguments": arguments}
+    return {"tool_calls": [{"index": index, "id": call_id, "type": "function", "function": function}]}
+
+
+async def amp_until(condition: Callable[[], Any]) -> None:
+    """Wait for what is about to happen."""
+    ends = time.monotonic() + AMP_SYNC_S
+    while not condition():
+        assert time.monotonic() < ends, "waited in vain"
+        await asyncio.sleep(0.002)
+
+
+async def amp_is_quiet(server: StandIn | None = None, gone: int = 0) -> None:
+    """Check that no task and no busy thread is left, and that `gone` connections were cut at once."""
+    for _ in range(gone):
+        assert server is not None
+        await asyncio.to_thread(server.aborted.get, timeout=AMP_IN_TIME_S)
+    assert asyncio.all_tasks() == {asyncio.current_task()}
+    await asyncio.wait_for(asyncio.get_running_loop().shutdown_default_executor(), AMP_IN_TIME_S)
+
+
+# ---- Amplifier: loading and construction ------------------------------------
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        pytest.param({"api_key": "", "config": {}}, id="the app's first try"),
+        pytest.param({"config": {}}, id="the app's second try"),
+        pytest.param({}, id="the app's third try"),
+        pytest.param({"base_url": "", "config": {"base_url": "${VLLM_BASE_URL}"}}, id="nothing but an unexpanded name"),
+    ],
+)
+def test_amp_class_wants_a_base_url_and_does_not_read_the_environment(
+    arguments: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VLLM_BASE_URL", "http://from-the-environment:8000")
+    with pytest.raises(ValueError, match=r"^No base_url found: ") as caught:
+        VLLMProvider(**arguments)
+    assert type(caught.value) is vllm_provider.ConfigurationError
+
+
+def test_amp_class_takes_the_url_without_io() -> None:
+    provider = VLLMProvider(base_url="http://192.0.2.1:1", api_key="", config={})
+    assert (provider.name, provider.priority, provider.default_model) == ("vllm", 100, None)
+    assert not hasattr(provider, "stream")  # loop-streaming would take a path that drops tool calls
+    assert not hasattr(provider, "model")
+    assert provider.config == VLLMConfig("http://192.0.2.1:1")
+
+
+def test_amp_class_takes_the_apps_strings() -> None:
+    config = {"base_url": "http://a:1/v1", "priority": "7", "use_completions": "false", "timeout": "60", "api_key": ""}
+    provider = VLLMProvider(config=config)
+    assert provider.config == VLLMConfig("http://a:1", priority=7, use_completions=False, timeout=60.0)
+    assert (provider.priority, type(provider.priority)) == (7, int)
+
+
+def test_amp_arguments_win_over_the_config() -> None:
+    provider = VLLMProvider("http://b:2", api_key="sk-2", config={"base_url": "http://a:1", "api_key": "sk-1"})
+    assert (provider.config.base_url, provider.config.api_key) == ("http://b:2", "sk-2")
+
+
+def test_amp_class_does_not_change_the_config_it_is_given() -> None:
+    config = {"base_url": "http://a:1", "unknown_setting": 1}
+    VLLMProvider(api_key="sk-1", config=config)
+    assert config == {"base_url": "http://a:1", "unknown_setting": 1}
+
+
+@pytest.mark.asyncio
+async def test_amp_mount_reads_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_BASE_URL", "http://a:1/v1")
+    monkeypatch.setenv("VLLM_API_KEY", "sk-1")
+    for config in (None, {}, {"base_url": "${VLLM_BASE_URL}", "api_key": ""}):
+        coordinator = MockCoordinator()
+        close = await mount(coordinator, config)
+        provider = coordinator.get("providers")["vllm"]
+        assert (provider.config.base_url, provider.config.api_key) == ("http://a:1", "sk-1")
+        await close()
+
+
+@pytest.mark.asyncio
+async def test_amp_mount_without_a_url_mounts_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("VLLM_BASE_URL", raising=False)
+    coordinator = MockCoordinator()
+    with pytest.raises(ValueError, match=r"^No base_url found: "):
+        await mount(coordinator, {})
+    assert coordinator.mount_history == []
+
+
+@pytest.mark.asyncio
+async def test_amp_mount_twice_mounts_two_new_providers_of_that_name(amp_server: StandIn) -> None:
+    coordinator = MockCoordinator()
+    closes = [await mount(coordinator, {"base_url": amp_server.url}) for _ in range(2)]
+    rows = [(row["mount_point"], row["name"]) for row in coordinator.mount_history]
+    assert rows == [("providers", "vllm")] * 2
+    first, second = (row["module"] for row in coordinator.mount_history)
+    assert first is not second
+    await closes[0]()  # cleaning the first up leaves the second at work
+    assert (await second.complete(amp_ask("Hello"))).text == "\n\nHello! How can I help you today?"
+    for close in [*closes, *closes]:
+        await close()
+
+
+@pytest.mark.asyncio
+async def test_amp_mount_tells_the_log_about_its_events(amp_server: StandIn) -> None:
+    host = await amp_mount(amp_server)
+    [names] = await host.coordinator.collect_contributions("observability.events")
+    assert sorted(names) == sorted(AMP_EVENTS)
+
+
+@pytest.mark.asyncio
+async def test_amp_mount_needs_nothing_else_of_a_coordinator(amp_server: StandIn) -> None:
+    mounted: list[Any] = []
+
+    async def keep(point: str, module: Any, name: str) -> None:
+        mounted.append((point, name, module))
+
+    await mount(types.SimpleNamespace(mount=keep), {"base_url": amp_server.url})
+    [(point, name, provider)] = mounted
+    assert (point, name) == ("providers", "vllm")
+    assert (await provider.complete(amp_ask("Hello"))).text == "\n\nHello! How can I help you today?"
+
+
+@pytest.mark.asyncio
+async def test_amp_server_that_is_down_stops_neither_mount_nor_session(caplog: pytest.LogCaptureFixture) -> None:
+    host = await amp_mount("http://127.0.0.1:9", context_window=None)
+    await on_session_ready(host.coordinator)
+    [record] = [record for record in caplog.records if record.levelno == logging.WARNING]
+    assert "no connection to http://127.0.0.1:9: connection refused" in record.getMessage()
+    with pytest.raises(llm_errors.NetworkError):
+        await host.provider.list_models()
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("providers", [pytest.param(None, id="no providers"), pytest.param({"other": 1}, id="another")])
+async def test_amp_on_session_ready_finds_nothing_of_its_own(providers: Any) -> None:
+    await on_session_ready(types.SimpleNamespace(get=lambda name: providers if name == "providers" else None))
+
+
+def test_amp_package_for_the_source_loader_re_exports() -> None:
+    import amplifier_module_provider_vllm as package
+
+    assert sorted(package.__all__) == ["VLLMProvider", "__amplifier_module_type__", "mount", "on_session_ready"]
+    assert all(getattr(package, name) is getattr(vllm_provider, name) for name in package.__all__)
+    assert package.__amplifier_module_type__ == "provider"
+    names = [name for name in vllm_provider.__all__ if name.endswith("Provider")]
+    assert names == ["VLLMProvider"]  # the app picks it by its end
+
+
+@pytest.mark.asyncio
+async def test_amp_kernels_validator_passes_every_check(amp_server: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_BASE_URL", amp_server.url)
+    result = await ProviderValidator().validate(Path(vllm_provider.__file__))
+    assert [check.name for check in result.checks if not check.passed] == []
+    assert {check.name for check in result.checks} >= {
+        *("module_importable", "mount_exists", "mount_signature", "protocol_compliance", "provider_name"),
+        *("provider_get_info", "provider_list_models", "provider_complete", "provider_parse_tool_calls"),
+    }
+
+
+class _AmpUnderTest:
+    @pytest.fixture
+    def module_path(self, amp_server: StandIn, monkeypatch: pytest.MonkeyPatch) -> Path:
+        monkeypatch.setenv("VLLM_BASE_URL", amp_server.url)
+        return Path(vllm_provider.__file__)
+
+
+class TestAmpBehavior(_AmpUnderTest, ProviderBehaviorTests):
+    @pytest.mark.asyncio
+    async def test_list_models_really_asked(self, provider_module: Any, amp_server: StandIn) -> None:
+        assert [model.id for model in await provider_module.list_models()] == [MODEL]
+        assert amp_paths(amp_server) == ["/v1/models"]
+
+
+class TestAmpStructure(_AmpUnderTest, ProviderStructuralTests):
+    def test_the_path_is_not_the_plugins_guess(self, module_path: Path | None) -> None:
+        assert module_path == Path(vllm_provider.__file__)  # without one the kernel's own test skips
+
+
+def test_amp_kernels_tests_are_there() -> None:
+    kernels = {*dir(ProviderBehaviorTests), *dir(ProviderStructuralTests)}
+    assert {name for name in kernels if name.startswith("test_")} == {
+        "test_get_info_returns_valid_provider_info",
+        "test_list_models_returns_list",
+        "test_mount_succeeds",
+        "test_parse_tool_calls_returns_list",
+        "test_provider_has_name_attribute",
+        "test_structural_validation",
+    }
+
+
+# ---- Amplifier: what it tells about itself ----------------------------------
+
+
+def test_amp_get_info() -> None:
+    def config_field(key: str, kind: Any, **more: Any) -> tuple[Any, ...]:
+        return key, kind, more.get("env_var"), more.get("required", True), more.get("default")
+
+    info = VLLMProvider("http://a:1", config={"default_model": "m", "timeout": 60}).get_info()
+    assert isinstance(info, ProviderInfo)
+    assert all(isinstance(field, ConfigField) for field in info.config_fields)
+    assert (info.id, info.display_name, info.credential_env_vars) == ("vllm", "vLLM", ["VLLM_API_KEY"])
+    assert [(one.id, one.field_type, one.env_var, one.required, one.default) for one in info.config_fields] == [
+        config_field("base_url", "text", env_var="VLLM_BASE_URL"),
+        config_field("api_key", "secret", env_var="VLLM_API_KEY", required=False),
+        config_field("use_completions", "boolean", required=False, default="true"),
+    ]
+    assert info.defaults == {"model": "m", "timeout": 60.0}  # no guess of a context window
+    assert {"streaming", "tools"} <= set(info.capabilities)
+
+
+@pytest.mark.asyncio
+async def test_amp_limits_are_none_until_the_session_is_ready(
+    amp_server: StandIn, caplog: pytest.LogCaptureFixture
+) -> None:
+    host = await amp_mount(amp_server, default_model=None, context_window=None)
+    assert [host.provider.get_model_info() for _ in range(3)] == [None] * 3
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "context_window" in caplog.text
+    await on_session_ready(host.coordinator)
+    info = host.provider.get_model_info()
+    assert isinstance(info, ModelInfo)
+    assert (info.id, info.context_window, info.max_output_tokens) == (MODEL, MAX_MODEL_LEN, MAX_MODEL_LEN // 4)
+    defaults = host.provider.get_info().defaults
+    assert (defaults["context_window"], defaults["max_output_tokens"]) == (MAX_MODEL_LEN, MAX_MODEL_LEN // 4)
+    assert len(caplog.records) == 1
+
+
+@pytest.mark.asyncio
+async def test_amp_limits_are_known_after_a_call_too(amp_server: StandIn) -> None:
+    provider = VLLMProvider(amp_server.url)
+    await provider.complete(amp_ask("Hello"))
+    assert (provider.get_model_info().id, provider.get_model_info().context_window) == (MODEL, MAX_MODEL_LEN)
+    assert amp_paths(amp_server).count("/v1/models") == 1
+
+
+def amp_models(*cards: Mapping[str, Any]) -> bytes:
+    return reply(200, {"object": "list", "data": list(cards)})
+
+
+AMP_BASE = {"id": "base", "root": "base", "parent": None, "max_model_len": 131072}
+AMP_LORA = {"id": "lora", "root": "/lora", "parent": "base", "max_model_len": None}
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize(
+    ("config", "cards", "limits"),
+    [
+        pytest.param({}, [AMP_BASE], ("base", 131072, 16384), id="a modest output, never the window"),
+        pytest.param(
+            {"default_model": "lora"}, [AMP_BASE, AMP_LORA], ("lora", 131072, 16384), id="a LoRA has its base's"
+        ),
+        pytest.param({"context_window": 8192}, [AMP_BASE], ("base", 8192, 2048), id="given below the server's"),
+        pytest.param({"context_window": 10**6}, [AMP_BASE], ("base", 131072, 16384), id="given above the server's"),
+        pytest.param({"max_output_tokens": 10**6}, [AMP_BASE], ("base", 131072, 131072), id="output within the window"),
+        pytest.param({"max_output_tokens": 100}, [AMP_BASE], ("base", 131072, 100), id="output given"),
+        pytest.param({"context_window": "4096"}, [{"id": "base"}], ("base", 4096, 1024), id="server silent, given"),
+        pytest.param({}, [{"id": "base"}], None, id="server silent"),
+        pytest.param({"default_model": "other"}, [AMP_BASE], None, id="not a model it has"),
+        pytest.param({"max_output_tokens": 100}, [{"id": "base"}], None, id="one limit is not enough"),
+    ],
+)
+async def test_amp_get_model_info(
+    config: dict[str, Any], cards: list[Any], limits: tuple[Any, ...] | None, amp_server: StandIn
+) -> None:
+    amp_server.script(amp_models(*cards))
+    host = await amp_mount(amp_server, **{"default_model": None, "context_window": None, **config})
+    await on_session_ready(host.coordinator)
+    info = host.provider.get_model_info()
+    assert (info and (info.id, info.context_window, info.max_output_tokens)) == limits
+
+
+@pytest.mark.asyncio
+async def test_amp_list_models(amp_server: StandIn) -> None:
+    amp_server.script(amp_models(AMP_BASE, AMP_LORA, {"id": "silent"}))
+    models = await (await amp_mount(amp_server, context_window=None)).provider.list_models()
+    assert all(isinstance(model, ModelInfo) for model in models)
+    assert [(model.id, model.context_window) for model in models] == [("base", 131072), ("lora", 131072), ("silent", 0)]
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize(
+    ("raw", "kind", "status"),
+    [
+        pytest.param(reply(401, {"error": "Unauthorized"}), "AuthenticationError", 401, id="wrong key"),
+        pytest.param(reply(503, "busy", {"Retry-After": "99"}), "ProviderUnavailableError", 503, id="busy"),
+        pytest.param(reply(200, "<html>", {"content-type": "text/html"}), "LLMError", None, id="not vLLM"),
+    ],
+)
+async def test_amp_list_models_raises_the_kernels_errors(
+    raw: bytes, kind: str, status: int | None, amp_server: StandIn
+) -> None:
+    host = await amp_mount(amp_server)
+    amp_server.script(raw)
+    with pytest.raises(llm_errors.LLMError) as caught:
+        await host.provider.list_models()
+    assert (type(caught.value).__name__, caught.value.status_code, caught.value.provider) == (kind, status, "vllm")
+
+
+def test_amp_parse_tool_calls() -> None:
+    provider, calls = VLLMProvider("http://a:1"), [KernelToolCall(id="call_1", name="f", arguments={"a": 1})]
+    assert provider.parse_tool_calls(ChatResponse(content=[], tool_calls=calls)) == calls
+    assert provider.parse_tool_calls(ChatResponse(content=[TextBlock(text="Hi")])) == []
+
+
+# ---- Amplifier: conversations to vLLM's messages ----------------------------
+
+AMP_CALL_BLOCK = {"type": "tool_call", "id": "c1", "name": "get_weather", "input": {"city": "Paris"}}
+AMP_WIRE_CALL = {
+    "id": "c1",
+    "type": "function",
+    "function": {"name": "get_weather", "arguments": '{"city": "Paris"}'},
+}
+AMP_WIRE_CALLER = {"role": "assistant", "content": "", "tool_calls": [AMP_WIRE_CALL]}
+AMP_WIRE_RESULT = {"role": "tool", "tool_call_id": "c1", "content": "sunny", "name": "get_weather"}
+AMP_USER = {"role": "user", "content": "Hi"}
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize(
+    ("messages", "wire"),
+    [
+        pytest.param(
+            [{"role": "system", "content": "Be brief."}, AMP_USER],
+            [{"role": "system", "content": "Be brief."}, AMP_USER],
+            id="strings",
+        ),
+        pytest.param(
+            [{"role": "developer", "content": "Be brief."}],
+            [{"role": "system", "content": "Be brief."}],
+            id="developer, which templates do not know",
+        ),
+        pytest.param(
+            [
+                {"role": role, "content": [{"type": "text", "text": "A"}, {"type": "text", "text": "B"}]}
+                for role in ("system", "user", "assistant")
+            ],
+            [{"role": role, "content": "A\nB"} for role in ("system", "user", "assistant")],
+            id="blocks of text, also in a system message",
+        ),
+        pytest.param([{"role": "user", "content": []}], [{"role": "user", "content": ""}], id="no block"),
+        pytest.param(
+            [{"role": "user", "content": "Hi", "name": "ann", "metadata": {"a": 1}}],
+            [{"role": "user", "content": "Hi", "name": "ann"}],
+            id="a name, and metadata that is ours",
+        ),
+        pytest.param(
+            [
+                {
+                    "role": "user",
+                    "content": [
+                        {"type": "text", "text": "Compare."},
+                        {"type": "image", "source": {"type": "base64", "media_type": "image/jpeg", "data": "AAAA"}},
+                        {"type": "image", "source": {"type": "url", "url": "https://a.example/b.png"}},
+                    ],
+                }
+            ],
+            [
+                {
+                    "role": "user",
+                    "content": [
+                        {"type": "text", "text": "Compare."},
+                        {"type": "image_url", "image_url": {"url": "data:image/jpeg;base64,AAAA"}},
+                        {"type": "image_url", "image_url": {"url": "https://a.example/b.png"}},
+                    ],
+                }
+            ],
+            id="images, base64 and URL",
+        ),
+        pytest.param(
+            [
+                AMP_USER,
+                {
+                    "role": "assistant",
+                    "content": [
+                        {"type": "thinking", "thinking": "A greeting.", "signature": "s"},
+                        {"type": "redacted_thinking", "data": "x"},
+                        {"type": "text", "text": "Hello!"},
+                    ],
+                },
+            ],
+            [AMP_USER, {"role": "assistant", "content": "Hello!", "reasoning": "A greeting."}],
+            id="thinking goes back as reasoning",
+        ),
+        pytest.param(
+            [{"role": "assistant", "content": [{"type": "reasoning", "content": [{"text": "Hm."}], "summary": []}]}],
+            [{"role": "assistant", "content": "", "reasoning": "Hm."}],
+            id="another provider's reasoning",
+        ),
+        pytest.param(
+            [
+                {"role": "assistant", "content": [AMP_CALL_BLOCK]},
+                {"role": "tool", "tool_call_id": "c1", "content": "sunny"},
+            ],
+            [AMP_WIRE_CALLER, AMP_WIRE_RESULT],
+            id="a call as a block",
+        ),
+        *(
+            pytest.param(
+                [
+                    {"role": "assistant", "content": "", "tool_calls": [entry]},
+                    {"role": "tool", "tool_call_id": "c1", "content": "sunny"},
+                ],
+                [AMP_WIRE_CALLER, AMP_WIRE_RESULT],
+                id=f"a call as a field: {key}",
+            )
+            for key, entry in {
+                "tool": {"id": "c1", "tool": "get_weather", "arguments": {"city": "Paris"}},
+                "name": {"id": "c1", "name": "get_weather", "arguments": {"city": "Paris"}},
+                "function": AMP_WIRE_CALL,
+                "the kernel's": KernelToolCall(id="c1", name="get_weather", arguments={"city": "Paris"}),
+            }.items()
+        ),
+        pytest.param(
+            [
+                {
+                    "role": "assistant",
+                    "content": [{"type": "text", "text": "Wait."}, AMP_CALL_BLOCK],
+                    "tool_calls": [
+                        {"id": "c1", "tool": "get_weather", "arguments": {"city": "Paris"}},
+                        {"id": "c2", "tool": "add", "arguments": {"a": 1}},
+                    ],
+                },
+                {"role": "tool", "tool_call_id": "c1", "content": "sunny"},
+                {"role": "tool", "tool_call_id": "c2", "name": "add", "content": [{"type": "text", "text": "2"}]},
+            ],
+            [
+                {
+                    "role": "assistant",
+                    "content": "Wait.",
+                    "tool_calls": [
+                        AMP_WIRE_CALL,
+                        {"id": "c2", "type": "function", "function": {"name": "add", "arguments": '{"a": 1}'}},
+                    ],
+                },
+                AMP_WIRE_RESULT,
+                {"role": "tool", "tool_call_id": "c2", "content": "2", "name": "add"},
+            ],
+            id="calls told twice",
+        ),
+        pytest.param(
+            [
+                {"role": "assistant", "content": [AMP_CALL_BLOCK]},
+                {"role": "tool", "content": [{"type": "tool_result", "tool_call_id": "c1", "output": "sunny"}]},
+            ],
+            [AMP_WIRE_CALLER, AMP_WIRE_RESULT],
+            id="a result as a block",
+        ),
+        pytest.param(
+            [
+                {"role": "assistant", "content": [AMP_CALL_BLOCK]},
+                {
+                    "role": "user",
+                    "content": [
+                        {"type": "tool_result", "tool_call_id": "c1", "output": "sunny"},
+                        {"type": "text", "text": "And Rome?"},
+                    ],
+                },
+            ],
+            [AMP_WIRE_CALLER, AMP_WIRE_RESULT, {"role": "user", "content": "And Rome?"}],
+            id="a result in the user's message comes before the words",
+        ),
+        pytest.param(
+            [
+                {"role": "assistant", "content": [AMP_CALL_BLOCK]},
+                {
+                    "role": "tool",
+                    "content": [{"type": "tool_result", "tool_call_id": "c1", "output": {"t": 21, "u": "C"}}],
+                },
+            ],
+            [AMP_WIRE_CALLER, AMP_WIRE_RESULT | {"content": '{"t": 21, "u": "C"}'}],
+            id="a result that is an object",
+        ),
+        pytest.param(
+            [
+                {"role": "assistant", "content": [AMP_CALL_BLOCK]},
+                {
+                    "role": "tool",
+                    "content": [{"type": "tool_result", "tool_call_id": "c1", "output": {"city": "東京"}}],
+                },
+            ],
+            [AMP_WIRE_CALLER, AMP_WIRE_RESULT | {"content": '{"city": "東京"}'}],
+            id="a result in other letters, which the model is to read",
+        ),
+        pytest.param(
+            [
+                {"role": "assistant", "content": [AMP_CALL_BLOCK]},
+                {"role": "tool", "content": [{"type": "tool_result", "tool_call_id": "c1", "output": ["a", {"b": 2}]}]},
+            ],
+            [AMP_WIRE_CALLER, AMP_WIRE_RESULT | {"content": '["a", {"b": 2}]'}],
+            id="a result that is a list, which is no list of parts",
+        ),
+        pytest.param(
+            [
+                {"role": "assistant", "content": [AMP_CALL_BLOCK]},
+                {"role": "tool", "content": [{"type": "tool_result", "tool_call_id": "c1", "output": None}]},
+            ],
+            [AMP_WIRE_CALLER, AMP_WIRE_RESULT | {"content": "null"}],
+            id="a result that is nothing",
+        ),
+        pytest.param(
+            [
+                {"role": "assistant", "content": [AMP_CALL_BLOCK]},
+                {
+                    "role": "tool",
+                    "tool_call_id": "c1",
+                    "content": [
+                        {"type": "text", "text": "sunny"},
+                        {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": "AAAA"}},
+                    ],
+                },
+            ],
+            [
+                AMP_WIRE_CALLER,
+                AMP_WIRE_RESULT
+                | {
+                    "content": [
+                        {"type": "text", "text": "sunny"},
+                        {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}},
+                    ]
+                },
+            ],
+            id="a result with an image, which is no text to read",
+        ),
+        pytest.param(
+            [
+                {"role": "assistant", "content": [AMP_CALL_BLOCK | {"input": {"city": "\ud83d"}}]},
+                {"role": "tool", "tool_call_id": "c1", "content": "sunny"},
+            ],
+            [
+                AMP_WIRE_CALLER
+                | {
+                    "tool_calls": [
+                        AMP_WIRE_CALL | {"function": {"name": "get_weather", "arguments": '{"city": "\\ud83d"}'}}
+                    ]
+                },
+                AMP_WIRE_RESULT,
+            ],
+            id="half a character that the model wrote as an escape must not end the session",
+        ),
+        pytest.param(
+            [
+                {"role": "assistant", "content": [AMP_CALL_BLOCK]},
+                {"role": "function", "tool_call_id": "c1", "name": "get_weather", "content": "sunny"},
+            ],
+            [AMP_WIRE_CALLER, AMP_WIRE_RESULT],
+            id="function, the old name of the role",
+        ),
+    ],
+)
+async def test_amp_messages_as_the_server_gets_them(messages: Any, wire: Any, amp_server: StandIn) -> None:
+    host = await amp_mount(amp_server, use_completions=False)
+    request = ChatRequest(messages=[Message(**message) for message in messages])
+    before = request.model_dump()
+    await host.provider.complete(request)
+    assert amp_bodies(amp_server) == [
+        {"model": MODEL, "messages": wire, "stream": True, "stream_options": {"include_usage": True}}
+    ]
+    assert request.model_dump() == before
+    assert amp_paths(amp_server) == ["/v1/chat/completions"]
+
+
+AMP_ORPHANS = [
+    {"role": "user", "content": "Weather?"},
+    {
+        "role": "assistant",
+        "content": [AMP_CALL_BLOCK],
+        "tool_calls": [{"id": "c2", "tool": "add", "arguments": {"a": 1}}],
+    },
+    {"role": "tool", "tool_call_id": "c2", "content": "2"},
+    {"role": "user", "content": "Hello"},
+]
+
+
+@pytest.mark.asyncio
+async def test_amp_orphaned_calls_are_repaired_always_and_announced_once(amp_server: StandIn) -> None:
+    host = await amp_mount(amp_server, use_completions=False)
+    request = ChatRequest(messages=[Message(**message) for message in AMP_ORPHANS])
+    before = request.model_dump()
+    for _ in range(2):
+        await host.provider.complete(request)
+    assert request.model_dump() == before
+    first, second = (body["messages"] for body in amp_bodies(amp_server))
+    assert first == second
+    assert [(one["role"], one.get("tool_call_id")) for one in first] == [
+        *(("user", None), ("assistant", None), ("tool", "c1"), ("tool", "c2"), ("user", None))
+    ]
+    assert first[2]["name"] == "get_weather"
+    assert first[2]["content"].startswith("[SYSTEM ERROR: Tool result missing from conversation history] ")
+    assert first[3] == {"role": "tool", "tool_call_id": "c2", "content": "2", "name": "add"}
+    repaired = {"provider": "vllm", "repair_count": 1, "repairs": [{"tool_call_id": "c1", "tool_name": "get_weather"}]}
+    assert host.payloads("provider:tool_sequence_repaired") == [repaired]
+    assert host.names()[0] == "provider:tool_sequence_repaired"
+
+
+@pytest.mark.asyncio
+async def test_amp_result_before_its_call_is_no_answer(amp_server: StandIn) -> None:
+    host = await amp_mount(amp_server, use_completions=False)
+    result = {"role": "tool", "tool_call_id": "c1", "content": "sunny"}
+    messages = [AMP_USER, {"role": "assistant", "content": [AMP_CALL_BLOCK]}, result]
+    messages += [{"role": "assistant", "content": [AMP_CALL_BLOCK]}]
+    await host.provider.complete(ChatRequest(messages=[Message(**message) for message in messages]))
+    contents = [one["content"] for one in amp_bodies(amp_server)[0]["messages"] if one["role"] == "tool"]
+    assert [content.startswith("[SYSTEM ERROR") for content in contents] == [False, True]
+
+
+# ---- Amplifier: every field and every keyword -------------------------------
+
+
+AMP_SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}}
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize(
+    ("config", "fields", "keywords", "added"),
+    [
+        pytest.param({}, {}, {}, {}, id="nothing"),
+        pytest.param({}, {"temperature": 0.0}, {}, {"temperature": 0.0}, id="temperature 0 is a value"),
+        pytest.param({}, {"top_p": 0.5}, {}, {"top_p": 0.5}, id="top_p"),
+        pytest.param({}, {"max_output_tokens": 9}, {}, {"max_tokens": 9}, id="max_output_tokens"),
+        pytest.param({}, {"stop": ["X"]}, {}, {"stop": ["X"]}, id="stop"),
+        pytest.param({}, {"model": MODEL}, {}, {}, id="model"),
+        pytest.param({}, {"reasoning_effort": "low"}, {}, {"reasoning_effort": "low"}, id="reasoning_effort"),
+        pytest.param(
+            {},
+            {"stream": False, "conversation_id": "c", "metadata": {"a": 1}, "timeout": 60.0},
+            {},
+            {},
+            id="ours alone",
+        ),
+        pytest.param(
+            {},
+            {},
+            {"stream": False, "conversation_id": "c", "metadata": {"a": 1}, "timeout": 60.0},
+            {},
+            id="ours as keywords",
+        ),
+        pytest.param({}, {"top_k": 5, "seed": 1}, {}, {"top_k": 5, "seed": 1}, id="extras of the request"),
+        pytest.param({}, {"logprobs": 2}, {}, {"logprobs": True, "top_logprobs": 2}, id="logprobs as an extra"),
+        pytest.param({}, {"tools": [AMP_TOOL]}, {}, {"tools": [AMP_WIRE_TOOL]}, id="tools"),
+        pytest.param({}, {"tools": []}, {}, {}, id="an empty list of tools is a 400"),
+        pytest.param(
+            {},
+            {"tools": [ToolSpec(name="f", parameters={}, strict=True)]},
+            {},
+            {"tools": [{"type": "function", "function": {"name": "f", "parameters": {}, "strict": True}}]},
+            id="a tool's extras",
+        ),
+        pytest.param(
+            {},
+            {"tools": [AMP_TOOL], "tool_choice": "required"},
+            {},
+            {"tools": [AMP_WIRE_TOOL], "tool_choice": "required"},
+            id="tool_choice",
+        ),
+        pytest.param({}, {"tool_choice": "auto"}, {}, {}, id="tool_choice without tools is a 400"),
+        pytest.param({}, {"response_format": ResponseFormatText()}, {}, {}, id="format text"),
+        pytest.param(
+            {},
+            {"response_format": ResponseFormatJson()},
+            {},
+            {"response_format": {"type": "json_object"}},
+            id="format json",
+        ),
+        pytest.param(
+            {},
+            {"response_format": ResponseFormatJsonSchema(json_schema=AMP_SCHEMA, strict=True)},
+            {},
+            {
+                "response_format": {
+                    "type": "json_schema",
+                    "json_schema": {"name": "response", "strict": True, "schema": AMP_SCHEMA},
+                }
+            },
+            id="format json_schema, bare",
+        ),
+        pytest.param(
+            {},
+            {"response_format": ResponseFormatJsonSchema(json_schema={"name": "answer", "schema": AMP_SCHEMA})},
+            {},
+            {"response_format": {"type": "json_schema", "json_schema": {"name": "answer", "schema": AMP_SCHEMA}}},
+            id="format json_schema, with its name around it",
+        ),
+        pytest.param({}, {}, {"temperature": 0.5, "top_k": 3}, {"temperature": 0.5, "top_k": 3}, id="keywords"),
+        pytest.param({}, {}, {"max_output_tokens": 4}, {"max_tokens": 4}, id="the kernel's name as a keyword"),
+        pytest.param({}, {}, {"extended_thinking": True}, {}, id="thinking is the template's default"),
+        pytest.param(
+            {},
+            {},
+            {"extended_thinking": False},
+            {"chat_template_kwargs": {"enable_thinking": False, "thinking": False}},
+            id="thinking off",
+        ),
+        pytest.param(
+            {},
+            {"chat_template_kwargs": {"enable_thinking": True, "a": 1}},
+            {"extended_thinking": False},
+            {"chat_template_kwargs": {"enable_thinking": True, "thinking": False, "a": 1}},
+            id="thinking off, but the template told otherwise",
+        ),
+        pytest.param(
+            {"temperature": 0.1, "max_tokens": 1, "stop": "A", "reasoning_effort": "high", "logprobs": 1},
+            {},
+            {},
+            {
+                "temperature": 0.1,
+                "max_tokens": 1,
+                "stop": "A",
+                "reasoning_effort": "high",
+                "logprobs": True,
+                "top_logprobs": 1,
+            },
+            id="the configuration's",
+        ),
+        pytest.param(
+            {"temperature": 0.1, "max_tokens": 1, "stop": "A", "reasoning_effort": "high", "logprobs": 1},
+            {"temperature": 0.2, "max_output_tokens": 2, "stop": ["B"], "reasoning_effort": "low"},
+            {"temperature": 0.3, "logprobs": 3},
+            {
+                "temperature": 0.3,
+                "max_tokens": 2,
+                "stop": ["B"],
+                "reasoning_effort": "low",
+                "logprobs": True,
+                "top_logprobs": 3,
+            },
+            id="configuration < request < keyword",
+        ),
+        pytest.param(
+            {"temperature": 0.1},
+            {"temperature": 0.2},
+            {"temperature": None},
+            {"temperature": 0.2},
+            id="None is not given",
+        ),
+        pytest.param(
+            {}, {"max_output_tokens": 10}, {"max_tokens": 5}, {"max_tokens": 5}, id="vLLM's name as a keyword wins"
+        ),
+        pytest.param({"extra_body": {"top_k": 9}}, {"top_k": 5}, {}, {"top_k": 9}, id="extra_body comes last"),
+    ],
+)
+async def test_amp_fields_as_the_server_gets_them(
+    config: Any, fields: Any, keywords: Any, added: Any, amp_server: StandIn
+) -> None:
+    host = await amp_mount(amp_server, use_completions=False, **config)
+    await host.provider.complete(amp_ask("Hello", **fields), **keywords)
+    wire = {"model": MODEL, "messages": [{"role": "user", "content": "Hello"}], "stream": True}
+    assert amp_bodies(amp_server) == [wire | {"stream_options": {"include_usage": True}} | added]
+
+
+@pytest.mark.asyncio
+async def test_amp_model_of_the_call_is_sent_and_told(amp_server: StandIn) -> None:
+    amp_server.script(amp_chat({"content": "A"}), amp_chat({"content": "B"}))
+    host = await amp_mount(amp_server, use_completions=False)
+    await host.provider.complete(amp_ask("Hello", model="of-the-request"))
+    await host.provider.complete(amp_ask("Hello", model="of-the-request"), model="of-the-keyword")
+    wanted = ["of-the-request", "of-the-keyword"]
+    assert [body["model"] for body in amp_bodies(amp_server)] == wanted
+    assert [payload["model"] for payload in host.payloads("llm:request")] == wanted
+    assert [payload["model"] for payload in host.payloads("llm:response")] == wanted
+
+
+@pytest.mark.asyncio
+async def test_amp_timeout_of_the_request_is_the_calls(amp_server: StandIn) -> None:
+    amp_server.script(stall())
+    host = await amp_mount(amp_server, use_completions=False, max_retries=0)
+    started = time.monotonic()
+    with pytest.raises(llm_errors.LLMTimeoutError, match=r"^no reply within 0\.2 s: "):
+        await host.provider.complete(amp_ask("Hello", timeout=0.2))
+    assert time.monotonic() - started < AMP_IN_TIME_S
+    assert "timeout" not in amp_bodies(amp_server)[0]
+    await amp_is_quiet(amp_server, gone=1)
+
+
+@pytest.mark.asyncio
+async def test_amp_deadline_counts_retries_and_their_pauses(amp_server: StandIn) -> None:
+    amp_server.script(*[reply(503, "busy", {"Retry-After": "10"})] * 4)
+    host = await amp_mount(amp_server, use_completions=False)
+    started = time.monotonic()
+    with pytest.raises(llm_errors.LLMTimeoutError, match=r"deadline"):
+        await host.provider.complete(amp_ask("Hello"), deadline=0.3)
+    assert time.monotonic() - started < AMP_IN_TIME_S
+
+
+@pytest.mark.asyncio
+async def test_amp_deadline_counts_questions_on_the_side(amp_server: StandIn) -> None:
+    amp_server.script(*[stall()] * 4)
+    host = await amp_mount(amp_server, default_model=None, context_window=None)
+    started = time.monotonic()
+    with pytest.raises(llm_errors.LLMTimeoutError):
+        await host.provider.complete(amp_ask("Hello"), deadline=0.3)
+    assert time.monotonic() - started < AMP_IN_TIME_S
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize(
+    ("config", "keywords"),
+    [
+        pytest.param({}, {"prompt_logprobs": 1}, id="keyword"),
+        pytest.param({}, {"extra_body": {"prompt_logprobs": 1}}, id="extra_body of the call"),
+        pytest.param({"extra_body": {"prompt_logprobs": 1}}, {}, id="extra_body of the configuration"),
+    ],
+)
+async def test_amp_what_vllm_does_not_stream_is_not_streamed(config: Any, keywords: Any, amp_server: StandIn) -> None:
+    host = await amp_mount(amp_server, use_completions=False, **config)
+    response = await host.provider.complete(amp_ask("Hello"), **keywords)
+    [body] = amp_bodies(amp_server)
+    assert body["prompt_logprobs"] == 1
+    assert "stream" not in body
+    assert "stream_options" not in body
+    assert response.text == "\n\nHello! How can I help you today?"
+    assert "llm:stream_block_delta" in host.names()
+
+
+# ---- Amplifier: options carried through a session ---------------------------
+
+
+@pytest.mark.asyncio
+async def test_amp_request_options_lie_between_configuration_and_request(amp_server: StandIn) -> None:
+    host = await amp_mount(amp_server, use_completions=False, temperature=0.1, seed=1)
+    with request_options(temperature=0.2, top_p=0.2, max_output_tokens=2) as calls:
+        await host.provider.complete(amp_ask("Hello"))
+        await host.provider.complete(amp_ask("Hello", top_p=0.3, max_output_tokens=3))
+        await host.provider.complete(amp_ask("Hello", top_p=0.3, max_tokens=3), top_p=0.4)
+    await host.provider.complete(amp_ask("Hello"))
+    names = ("temperature", "top_p", "max_tokens", "seed")
+    assert [tuple(body.get(name) for name in names) for body in amp_bodies(amp_server)] == [
+        *((0.2, 0.2, 2, 1), (0.2, 0.3, 3, 1), (0.2, 0.4, 3, 1), (0.1, None, None, 1))
+    ]
+    assert [type(call) for call in calls] == [Completion] * 3
+
+
+@pytest.mark.asyncio
+async def test_amp_request_options_nest(amp_server: StandIn) -> None:
+    host = await amp_mount(amp_server, use_completions=False)
+    with request_options(logprobs=1, seed=1) as outer:
+        with request_options(logprobs=2) as inner:
+            await host.provider.complete(amp_ask("Hello"))
+        await host.provider.complete(amp_ask("Hello"))
+    bodies = amp_bodies(amp_server)
+    assert [(body["top_logprobs"], body["seed"]) for body in bodies] == [(2, 1), (1, 1)]
+    assert (len(outer), len(inner)) == (2, 1)
+    assert outer[0] is inner[0]
+
+
+class AmpContext:
+    """The smallest context manager the kernel accepts."""
+
+    def __init__(self) -> None:
+        self.messages: list[dict[str, Any]] = []
+
+    async def add_message(self, message: dict[str, Any]) -> None:
+        self.messages.append(message)
+
+    async def get_messages_for_request(self, **_: Any) -> list[dict[str, Any]]:
+        return list(self.messages)
+
+    get_messages = get_messages_for_request
+
+    async def set_messages(self, messages: list[dict[str, Any]]) -> None:
+        self.messages = list(messages)
+
+    async def clear(self) -> None:
+        self.messages = []
+
+
+class AmpLoop:
+    """The smallest orchestrator: asks the provider, runs its calls, and asks again; stores messages as others do."""
+
+    async def execute(self, prompt: str, context: Any, providers: Any, tools: Any, hooks: Any, **_: Any) -> str:
+        await context.add_message({"role": "user", "content": prompt})
+        [provider] = providers.values()
+        specs = [ToolSpec(name=tool.name, parameters=tool.input_schema) for tool in tools.values()] or None
+        for _round in range(3):
+            messages = [Message(**message) for message in await context.get_messages_for_request()]
+            response = await provider.complete(ChatRequest(messages=messages, tools=specs))
+            calls = provider.parse_tool_calls(response)
+            told = [{"id": call.id, "tool": call.name, "arguments": call.arguments} for call in calls]
+            content = [block.model_dump() for block in response.content]
+            await context.add_message({"role": "assistant", "content": content, "tool_calls": told})
+            for call in calls:
+                result = await tools[call.name].execute(call.arguments)
+                await context.add_message({"role": "tool", "tool_call_id": call.id, "content": result})
+            if not calls:
+                return str(response.text)
+        raise AssertionError("the model did not stop calling")
+
+
+class AmpWeather:
+    name, description, input_schema = "get_weather", "Get the weather of a city.", AMP_WEATHER
+
+    async def execute(self, arguments: Mapping[str, Any]) -> str:
+        return f"sunny in {arguments['city']}, 21 C"
+
+
+@contextlib.asynccontextmanager
+async def amp_session(monkeypatch: pytest.MonkeyPatch, url: str, *tools: Any, **instances: Any) -> Any:
+    """Yield a real session that has loaded the provider by its module id; `instances`: name and configuration."""
+
+    def module(module_id: str, kind: str, point: str, make: Callable[[], Any], **named: Any) -> None:
+        async def mount_it(coordinator: Any, config: Any = None) -> None:
+            await coordinator.mount(point, make(), **named)
+
+        created = types.ModuleType(f"amplifier_module_{module_id}")
+        created.__dict__.update(mount=mount_it, __amplifier_module_type__=kind)
+        monkeypatch.setitem(sys.modules, created.__name__, created)
+
+    module("context_tiny", "context", "context", AmpContext)
+    module("loop_tiny", "orchestrator", "orchestrator", AmpLoop)
+    for tool in tools:
+        module("tool_tiny", "tool", "tools", tool, name=tool.name)
+    plan = {
+        "session": {"orchestrator": {"module": "loop-tiny"}, "context": {"module": "context-tiny"}},
+        "providers": [
+            {"module": "provider-vllm", "config": {"base_url": url, **config}}
+            | ({} if name == "vllm" else {"instance_id": name})
+            for name, config in (instances or {"vllm": {}}).items()
+        ],
+        "tools": [{"module": "tool-tiny"} for _ in tools],
+    }
+    session = AmplifierSession(plan)
+    await session.initialize()
+    try:
+        yield session
+    finally:
+        await session.cleanup()
+        await asyncio.sleep(0.01)  # a process that ends right after its last call into the kernel can crash there
+
+
+@pytest.mark.asyncio
+async def test_amp_session_loads_it_finds_its_limits_and_answers(
+    amp_server: StandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with amp_session(monkeypatch, amp_server.url) as session:
+        [(name, provider)] = session.coordinator.get("providers").items()
+        assert (name, type(provider)) == ("vllm", VLLMProvider)
+        assert provider.get_model_info().context_window == MAX_MODEL_LEN
+        assert await session.execute("What is 2+2?") == "\n\n2 + 2 = 4"
+    assert amp_paths(amp_server) == ["/v1/models", "/tokenize", "/v1/completions"]
+
+
+@pytest.mark.asyncio
+async def test_amp_session_with_several_instances(amp_server: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+    with StandIn() as other:
+        slow = {"base_url": other.url, "priority": 200, "temperature": 0.5, "use_completions": False}
+        async with amp_session(monkeypatch, amp_server.url, fast={}, slow=slow) as session:
+            providers = session.coordinator.get("providers")
+            assert {name: provider.priority for name, provider in providers.items()} == {"fast": 100, "slow": 200}
+            for provider in providers.values():
+                assert (await provider.complete(amp_ask("Hello"))).finish_reason == "stop"
+    assert amp_paths(amp_server)[-2:] == ["/tokenize", "/v1/completions"]
+    assert amp_paths(other)[-1] == "/v1/chat/completions"
+    assert [body.get("temperature") for body in amp_bodies(amp_server) + amp_bodies(other)] == [None, 0.5]
+
+
+@pytest.mark.asyncio
+async def test_amp_session_runs_tools(amp_server: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with amp_session(monkeypatch, amp_server.url, AmpWeather) as session:
+        answer = await session.execute("What is the weather in Paris and Rome?")
+    assert answer.strip() == "It is sunny in Paris, 21 C."
+    _, second = amp_bodies(amp_server)
+    roles = [message["role"] for message in second["messages"]]
+    assert roles == ["user", "assistant", "tool", "tool"]
+    told = [(one["content"], one["name"]) for one in second["messages"] if one["role"] == "tool"]
+    assert told == [("sunny in Paris, 21 C", "get_weather"), ("sunny in Rome, 21 C", "get_weather")]
+    assert len(second["messages"][1]["tool_calls"]) == 2
+    assert second["messages"][1]["reasoning"].strip() == "Two calls."
+
+
+@pytest.mark.asyncio
+async def test_amp_sessions_at_once_do_not_see_each_others_options(
+    amp_server: StandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    meet = threading.Barrier(2)
+
+    def together(connection: Connection) -> None:
+        meet.wait(AMP_SYNC_S)
+        amp_server.answer(connection)
+
+    async def run(session: AmplifierSession, count: int) -> list[Completion]:
+        with request_options(logprobs=count) as calls:
+            await session.execute(f"Say {count}")
+        return calls
+
+    async with (
+        amp_session(monkeypatch, amp_server.url, vllm={"use_completions": False}) as first,
+        amp_session(monkeypatch, amp_server.url, vllm={"use_completions": False}) as second,
+    ):
+        amp_server.script(*[together] * 2, path="/completions")
+        [one], [three] = await asyncio.gather(run(first, 1), run(second, 3))
+    told = sorted((body["messages"][0]["content"], body["top_logprobs"]) for body in amp_bodies(amp_server))
+    assert told == [("Say 1", 1), ("Say 3", 3)]
+    assert [len(token.top) for token in (one.logprobs[0], three.logprobs[0])] == [1, 3]
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("use_completions", [pytest.param(True, id="completions"), pytest.param(False, id="chat")])
+async def test_amp_log_probabilities_reach_the_caller(use_completions: bool, amp_server: StandIn) -> None:
+    host = await amp_mount(amp_server, use_completions=use_completions)
+    with request_options(logprobs=2) as calls:
+        response = await host.provider.complete(amp_ask("What is 2+2?"))
+    [call] = calls
+    text = "<think>\nTwo plus two equals four.\n</think>\n\n2 + 2 = 4<|im_end|>"
+    assert "".join(token.token for token in call.logprobs) == text
+    assert all(token.logprob is not None and len(token.top) == 2 for token in call.logprobs)
+    assert (call.text, call.reasoning) == ("\n\n2 + 2 = 4", "\nTwo plus two equals four.\n")
+    assert response.metadata is None  # what is there counts towards the context
+
+
+# ---- Amplifier: responses ---------------------------------------------------
+
+
+@pytest.mark.asyncio
+async def test_amp_response_of_text_and_thinking(amp_server: StandIn) -> None:
+    usage = {"prompt_tokens_details": {"cached_tokens": 3}, "completion_tokens_details": {"reasoning_tokens": 2}}
+    deltas = [{"reasoning": "Two"}, {"reasoning": " four."}, {"content": "2 + 2"}, {"content": " = 4"}]
+    last = amp_choice({}, finish_reason="stop")
+    amp_server.script(sse(*map(amp_choice, deltas), last, amp_usage(5, 7, **usage)))
+    response = await (await amp_mount(amp_server, use_completions=False)).provider.complete(amp_ask("What is 2+2?"))
+    assert response == ChatResponse(
+        content=[ThinkingBlock(thinking="Two four."), TextBlock(text="2 + 2 = 4")],
+        usage=KernelUsage(input_tokens=5, output_tokens=7, total_tokens=12, reasoning_tokens=2, cache_read_tokens=3),
+        finish_reason="stop",
+        content_blocks=[ThinkingContent(text="Two four."), TextContent(text="2 + 2 = 4")],
+        text="2 + 2 = 4",
+    )
+
+
+@pytest.mark.asyncio
+async def test_amp_response_of_tool_calls(amp_server: StandIn) -> None:
+    calls = [amp_call('{"city": "Paris"}'), amp_call("{}", "list_cities", "call_2", 1)]
+    amp_server.script(amp_chat({"content": "Wait."}, *calls))
+    host = await amp_mount(amp_server, use_completions=False)
+    response = await host.provider.complete(amp_ask("Hello", tools=[AMP_TOOL]))
+    assert response == ChatResponse(
+        content=[
+            TextBlock(text="Wait."),
+            ToolCallBlock(id="call_1", name="get_weather", input={"city": "Paris"}),
+            ToolCallBlock(id="call_2", name="list_cities", input={}),
+        ],
+        tool_calls=[
+            KernelToolCall(id="call_1", name="get_weather", arguments={"city": "Paris"}),
+            KernelToolCall(id="call_2", name="list_cities", arguments={}),
+        ],
+        usage=KernelUsage(input_tokens=5, output_tokens=7, total_tokens=12),
+        finish_reason="tool_calls",  # the server said stop
+        content_blocks=[
+            TextContent(text="Wait."),
+            ToolCallContent(id="call_1", name="get_weather", arguments={"city": "Paris"}),
+            ToolCallContent(id="call_2", name="list_cities", arguments={}),
+        ],
+        text="Wait.",
+    )
+    assert host.provider.parse_tool_calls(response) == response.tool_calls
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize(
+    ("raw", "content", "finish"),
+    [
+        pytest.param(amp_chat(), [TextBlock(text="")], "stop", id="no output is an empty text"),
+        pytest.param(amp_chat({"content": "A"}, finish="length"), [TextBlock(text="A")], "length", id="cut"),
+        pytest.param(sse(amp_choice({"content": "A"})), [TextBlock(text="A")], "stop", id="no finish reason, no usage"),
+        pytest.param(
+            amp_chat({"reasoning_content": "Hm."}),
+            [ThinkingBlock(thinking="Hm."), TextBlock(text="")],
+            "stop",
+            id="thinking alone",
+        ),
+    ],
+)
+async def test_amp_content_is_never_empty_and_always_finished(
+    raw: bytes, content: Any, finish: str, amp_server: StandIn
+) -> None:
+    amp_server.script(raw)
+    response = await (await amp_mount(amp_server, use_completions=False)).provider.complete(amp_ask("Hello"))
+    assert (response.content, response.finish_reason) == (content, finish)
+    assert len(response.content_blocks) == len(content)
+    assert isinstance(response.usage, KernelUsage)
+
+
+@pytest.mark.asyncio
+async def test_amp_calls_without_an_id_get_different_ones(amp_server: StandIn) -> None:
+    amp_server.script(amp_chat(amp_call('{"a": 1}', call_id=""), amp_call('{"a": 2}', call_id="", index=1)))
+    host = await amp_mount(amp_server, use_completions=False)
+    response = await host.provider.complete(amp_ask("Hello", tools=[AMP_TOOL]))
+    ids = [call.id for call in response.tool_calls]
+    assert len({*ids, ""}) == 3
+    assert [block.id for block in response.content] == ids
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        pytest.param('{"city": "Par', id="cut by max_tokens"),
+        pytest.param('["Paris"]', id="a list"),
+        pytest.param("", id="nothing at all"),
+        pytest.param('{"city": NaN}', id="no JSON, and more than the kernel's events can hold"),
+    ],
+)
+async def test_amp_malformed_call_is_never_executed(arguments: str, amp_server: StandIn) -> None:
+    amp_server.script(amp_chat(amp_call('{"city": "Rome"}'), amp_call(arguments, call_id="call_2", index=1)))
+    host = await amp_mount(amp_server, use_completions=False)
+    with pytest.raises(llm_errors.InvalidToolCallError) as caught:
+        await host.provider.complete(amp_ask("Hello", tools=[AMP_TOOL]))
+    assert (caught.value.tool_name, caught.value.raw_arguments) == ("get_weather", arguments)
+    assert (caught.value.retryable, caught.value.provider, caught.value.model) == (False, "vllm", MODEL)
+    assert host.payloads("llm:response")[0]["error_type"] == "InvalidToolCallError"
+    assert len(amp_bodies(amp_server)) == 1
+
+
+@pytest.mark.asyncio
+async def test_amp_gpt_oss_call_that_the_server_dropped_is_an_error(amp_server: StandIn) -> None:
+    amp_server.script(*[amp_chat({"reasoning": "I need the tool."}, stop_reason=200012)] * 2)
+    host = await amp_mount(amp_server, use_completions=False)
+    with pytest.raises(llm_errors.InvalidRequestError) as caught:
+        await host.provider.complete(amp_ask("Weather?", tools=[AMP_TOOL]))
+    assert str(caught.value) == (
+        "gpt-oss called a tool and the server dropped the call; start vLLM with --enable-auto-tool-choice"
+        " --tool-call-parser openai"
+    )
+    assert (await host.provider.complete(amp_ask("Weather?"))).finish_reason == "stop"  # no tools were offered
+
+
+# ---- Amplifier: events ------------------------------------------------------
+
+AMP_NO_USAGE = {"input_tokens": 0, "output_tokens": 0, "cost_usd": None}
+
+
+def amp_request_event(**more: Any) -> tuple[str, dict[str, Any]]:
+    return "llm:request", {"provider": "vllm", "model": MODEL, "message_count": 1, "request_id": "ID", **more}
+
+
+def amp_response_event(**more: Any) -> tuple[str, dict[str, Any]]:
+    event = {"provider": "vllm", "model": MODEL, "request_id": "ID", "status": "ok", "duration_ms": 0, "retries": 0}
+    usage = {"input_tokens": 5, "output_tokens": 7, "cost_usd": None}
+    return "llm:response", {**event, "usage": usage, "finish_reason": "stop", **more}
+
+
+def amp_failed_event(error_type: str, error: str, **more: Any) -> tuple[str, dict[str, Any]]:
+    failure = {"status": "error", "usage": AMP_NO_USAGE, "finish_reason": None}
+    return amp_response_event(**failure, error_type=error_type, error=error, **more)
+
+
+def amp_block(what: str, index: int, kind: str, **more: Any) -> tuple[str, dict[str, Any]]:
+    return f"llm:stream_block_{what}", {"request_id": "ID", "block_index": index, "block_type": kind, **more}
+
+
+def amp_merged(events: Sequence[tuple[str, dict[str, Any]]]) -> list[tuple[str, dict[str, Any]]]:
+    """Return the events with the deltas of each run joined, whose number is chance; checks how they are numbered."""
+    merged: list[tuple[str, dict[str, Any]]] = []
+    sequence = 0
+    for name, payload in events:
+        if name != "llm:stream_block_delta":
+            merged.append((name, payload))
+            continue
+        assert payload["text"]
+        is_next = merged[-1][0] == name
+        sequence = sequence + 1 if is_next else 0
+        assert payload["sequence"] == sequence
+        if is_next:
+            merged[-1][1]["text"] += payload["text"]
+        else:
+            merged.append((name, dict(payload)))
+    return merged
+
+
+@pytest.mark.asyncio
+async def test_amp_events_of_a_success(amp_server: StandIn) -> None:
+    deltas = [{"reasoning": "Two"}, {"reasoning": " calls."}, {"content": "Wait"}, {"content": "."}]
+    calls = [amp_call('{"city": '), {"tool_calls": [{"index": 0, "function": {"arguments": '"Paris"}'}}]}]
+    amp_server.script(amp_chat(*deltas, *calls, amp_call("{}", "add", "call_2", 1), {"content": "Done."}))
+    host = await amp_mount(amp_server, use_completions=False)
+    await host.provider.complete(amp_ask("Hello", tools=[AMP_TOOL]))
+    assert amp_merged(host.told()) == [
+        amp_request_event(),
+        amp_block("start", 0, "thinking"),
+        amp_block("delta", 0, "thinking", sequence=0, text="Two calls."),
+        amp_block("end", 0, "thinking"),
+        amp_block("start", 1, "text"),
+        amp_block("delta", 1, "text", sequence=0, text="Wait."),
+        amp_block("end", 1, "text"),
+        amp_block("start", 2, "tool_use", name="get_weather"),
+        amp_block("end", 2, "tool_use"),
+        amp_block("start", 3, "tool_use", name="add"),
+        amp_block("end", 3, "tool_use"),
+        amp_block("start", 4, "text"),
+        amp_block("delta", 4, "text", sequence=0, text="Done."),
+        amp_block("end", 4, "text"),
+        amp_response_event(finish_reason="tool_calls"),
+    ]
+
+
+@pytest.mark.asyncio
+async def test_amp_event_tells_the_whole_usage(amp_server: StandIn) -> None:
+    usage = {"prompt_tokens_details": {"cached_tokens": 3}, "completion_tokens_details": {"reasoning_tokens": 2}}
+    amp_server.script(sse(amp_choice({"content": "A"}, finish_reason="stop"), amp_usage(5, 7, **usage)))
+    host = await amp_mount(amp_server, use_completions=False)
+    await host.provider.complete(amp_ask("Hello"))
+    told = {"input_tokens": 5, "output_tokens": 7, "cache_read_tokens": 3, "reasoning_tokens": 2, "cost_usd": None}
+    assert host.told()[-1] == amp_response_event(usage=told)
+
+
+@pytest.mark.asyncio
+async def test_amp_events_of_an_error_without_output(amp_server: StandIn) -> None:
+    amp_server.script(reply(400, {"error": {"message": "No.", "code": 400}}))
+    host = await amp_mount(amp_server, use_completions=False)
+    with pytest.raises(llm_errors.InvalidRequestError) as caught:
+        await host.provider.complete(amp_ask("Hello"))
+    assert str(caught.value) == f"400 'No.': POST {amp_server.url}/v1/chat/completions"
+    assert host.told() == [amp_request_event(), amp_failed_event("InvalidRequestError", str(caught.value))]
+
+
+@pytest.mark.asyncio
+async def test_amp_events_of_an_error_after_output(amp_server: StandIn) -> None:
+    error = {"error": {"message": "No.", "code": 400}}
+    amp_server.script(sse(amp_choice({"content": "A"}), amp_choice({"content": "B"}), error))
+    host = await amp_mount(amp_server, use_completions=False)
+    with pytest.raises(llm_errors.InvalidRequestError) as caught:
+        await host.provider.complete(amp_ask("Hello"))
+    message = str(caught.value)
+    assert amp_merged(host.told()) == [
+        amp_request_event(),
+        amp_block("start", 0, "text"),
+        amp_block("delta", 0, "text", sequence=0, text="AB"),
+        amp_block("end", 0, "text"),
+        ("llm:stream_aborted", {"request_id": "ID", "error": {"type": "InvalidRequestError", "msg": message}}),
+        amp_failed_event("InvalidRequestError", message),
+    ]
+    assert caught.value.__cause__.partial.text == "AB"
+
+
+@pytest.mark.asyncio
+async def test_amp_events_of_a_call_nobody_can_execute(amp_server: StandIn) -> None:
+    amp_server.script(amp_chat({"content": "Wait."}, amp_call('{"ci')))
+    host = await amp_mount(amp_server, use_completions=False)
+    with pytest.raises(llm_errors.InvalidToolCallError) as caught:
+        await host.provider.complete(amp_ask("Hello", tools=[AMP_TOOL]))
+    error = {"type": "InvalidToolCallError", "msg": str(caught.value)}
+    assert host.told()[-2:] == [
+        ("llm:stream_aborted", {"request_id": "ID", "error": error}),
+        amp_failed_event("InvalidToolCallError", str(caught.value)),
+    ]
+
+
+@pytest.mark.asyncio
+async def test_amp_events_of_a_retry_before_output(amp_server: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(random, "uniform", lambda low, high: low)
+    amp_server.script(reply(503, "busy"), reply(500, ""), amp_chat({"content": "A"}))
+    host = await amp_mount(amp_server, use_completions=False, max_retry_delay=0.02, max_retries=2)
+    await host.provider.complete(amp_ask("Hello"))
+    where, retry = (
+        f"POST {amp_server.url}/v1/chat/completions",
+        {"provider": "vllm", "request_id": "ID", "max_retries": 2},
+    )
+    retry |= {"delay": 0.01, "error_type": "ProviderUnavailableError"}
+    assert host.told() == [
+        amp_request_event(),
+        ("provider:retry", retry | {"attempt": 1, "error_message": f"503 'busy': {where}"}),
+        ("provider:retry", retry | {"attempt": 2, "error_message": f"500 (no message): {where}"}),
+        amp_block("start", 0, "text"),
+        amp_block("delta", 0, "text", sequence=0, text="A"),
+        amp_block("end", 0, "text"),
+        amp_response_event(retries=2),
+    ]
+    request_id = host.payloads("llm:request")[0]["request_id"]
+    sent = [request.headers["X-Request-Id"] for request in amp_server.requests]
+    assert sent == [f"{request_id}-{attempt}" for attempt in (1, 2, 3)]
+
+
+@pytest.mark.asyncio
+async def test_amp_events_of_a_retry_after_output(amp_server: StandIn) -> None:
+    amp_server.script(
+        sse(amp_choice({"reasoning": "Hm"}), amp_choice({"content": "Fir"}), done=False),
+        amp_chat({"content": "Second"}),
+    )
+    host = await amp_mount(amp_server, use_completions=False, max_retry_delay=0.01)
+    response = await host.provider.complete(amp_ask("Hello"))
+    assert response.content == [TextBlock(text="Second")]
+    told = amp_merged(host.told())
+    assert [name for name, _ in told].count("provider:retry") == 1
+    retry = next(payload for name, payload in told if name == "provider:retry")
+    assert 0 < retry.pop("delay") <= 0.01
+    message = retry["error_message"]
+    assert message.startswith("the stream ended without [DONE]: ")
+    assert told == [
+        amp_request_event(),
+        amp_block("start", 0, "thinking"),
+        amp_block("delta", 0, "thinking", sequence=0, text="Hm"),
+        amp_block("end", 0, "thinking"),
+        amp_block("start", 1, "text"),
+        amp_block("delta", 1, "text", sequence=0, text="Fir"),
+        amp_block("end", 1, "text"),
+        ("llm:stream_aborted", {"request_id": "ID", "error": {"type": "StreamError", "msg": message}}),
+        (
+            "provider:retry",
+            {"provider": "vllm", "request_id": "ID", "attempt": 1, "max_retries": 3}
+            | {"error_type": "StreamError", "error_message": message},
+        ),
+        amp_block("start", 0, "text"),
+        amp_block("delta", 0, "text", sequence=0, text="Second"),
+        amp_block("end", 0, "text"),
+        amp_response_event(retries=1),
+    ]
+
+
+@pytest.mark.asyncio
+async def test_amp_retries_end(amp_server: StandIn) -> None:
+    amp_server.script(*[reply(503, "busy")] * 9)
+    host = await amp_mount(amp_server, use_completions=False, max_retry_delay=0.01, max_retries=2)
+    with pytest.raises(llm_errors.ProviderUnavailableError):
+        await host.provider.complete(amp_ask("Hello"))
+    assert [payload["attempt"] for payload in host.payloads("provider:retry")] == [1, 2]
+    assert len(amp_server.requests) == 3
+    assert host.payloads("llm:response")[0]["retries"] == 2
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize(
+    ("raw", "config"),
+    [
+        pytest.param(reply(429, "slow", {"Retry-After": "31"}), {}, id="longer than max_retry_delay"),
+        pytest.param(reply(400, "no"), {}, id="not retryable"),
+        pytest.param(reply(503, "busy"), {"max_retries": 0}, id="no retries"),
+    ],
+)
+async def test_amp_does_not_retry(raw: bytes, config: Any, amp_server: StandIn) -> None:
+    amp_server.script(raw)
+    host = await amp_mount(amp_server, use_completions=False, **config)
+    with pytest.raises(llm_errors.LLMError):
+        await host.provider.complete(amp_ask("Hello"))
+    assert len(amp_server.requests) == 1
+    assert host.names() == ["llm:request", "llm:response"]
+
+
+@pytest.mark.asyncio
+async def test_amp_callers_own_request_id_goes_unchanged(amp_server: StandIn) -> None:
+    amp_server.script(reply(503, "busy"))
+    host = await amp_mount(amp_server, use_completions=False, max_retry_delay=0.01)
+    await host.provider.complete(amp_ask("Hello"), request_id="mine")
+    assert [request.headers["X-Request-Id"] for request in amp_server.requests] == ["mine", "mine"]
+    assert {payload["request_id"] for _, payload in host.events} == {"mine"}
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize(
+    ("config", "metadata", "has_deltas"),
+    [
+        pytest.param({}, None, True, id="on"),
+        pytest.param({}, {"stream": False}, False, id="off for this call"),
+        pytest.param({}, {"stream": 0}, True, id="0 is not False"),
+        pytest.param({"use_streaming": False}, None, False, id="off for all"),
+        pytest.param({"use_streaming": "false"}, {"stream": True}, False, id="off for all, whatever the call says"),
+    ],
+)
+@pytest.mark.parametrize(
+    "is_keyword", [pytest.param(False, id="in the request"), pytest.param(True, id="as a keyword")]
+)
+async def test_amp_stream_events_can_be_switched_off(
+    config: Any, metadata: Any, has_deltas: bool, is_keyword: bool, amp_server: StandIn
+) -> None:
+    host = await amp_mount(amp_server, **config)
+    if is_keyword:
+        response = await host.provider.complete(amp_ask("Hello"), metadata=metadata)
+    else:
+        response = await host.provider.complete(amp_ask("Hello", metadata=metadata))
+    assert response.text == "\n\nHello! How can I help you today?"
+    assert any(name.startswith("llm:stream") for name in host.names()) is has_deltas
+    assert (host.names()[0], host.names()[-1]) == ("llm:request", "llm:response")
+    assert all(body["stream"] is True for body in amp_bodies(amp_server))  # on the wire always, to be stoppable
+
+
+@pytest.mark.asyncio
+async def test_amp_stream_that_nobody_watches_is_not_kept(amp_server: StandIn) -> None:
+    count = 20_000
+    amp_server.script(amp_chat(*[{"content": "word "}] * count))
+    host = await amp_mount(amp_server, use_completions=False)
+    request = amp_ask("Hello", metadata={"stream": False})
+    tracemalloc.start()
+    try:
+        response = await host.provider.complete(request)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert len(response.text) == 5 * count
+    assert peak < 20 * len(response.text)  # its characters, a few times over; the deltas would be 50 times as much
+
+
+@pytest.mark.asyncio
+async def test_amp_only_the_first_choice_is_shown(amp_server: StandIn) -> None:
+    host = await amp_mount(amp_server, use_completions=False)
+    with request_options() as calls:
+        response = await host.provider.complete(amp_ask("Hello"), n=2)
+    assert response.text == "\n\nHello! How can I help you today?"
+    [(_, text)] = [
+        (name, payload["text"])
+        for name, payload in amp_merged(host.told())
+        if name == "llm:stream_block_delta" and payload["block_type"] == "text"
+    ]
+    assert text == response.text
+    assert [choice.text for choice in calls[0].choices] == [text, text]
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("event", [pytest.param(name, id=name) for name in AMP_EVENTS if "repaired" not in name])
+async def test_amp_hook_that_raises_fails_nothing(event: str, amp_server: StandIn) -> None:
+    amp_server.script(sse(amp_choice({"content": "A"}), done=False), amp_chat({"content": "B"}))
+    host = await amp_mount(amp_server, use_completions=False, max_retry_delay=0.01, debug=True, raw_debug=True)
+
+    async def fail(name: str, payload: Any) -> None:
+        raise RuntimeError("a hook of somebody else's")
+
+    host.coordinator.hooks.register(event, fail, priority=0, name="fails")
+    assert (await host.provider.complete(amp_ask("Hello"))).text == "B"
+    assert event in host.names()
+
+
+@pytest.mark.asyncio
+async def test_amp_delta_that_reached_one_hook_is_taken_back(amp_server: StandIn) -> None:
+    amp_server.script(stall(SSE_HEAD + chunk(amp_choice({"content": "A"}))))
+    host = await amp_mount(amp_server, use_completions=False)
+
+    async def hang(name: str, payload: Any) -> None:
+        await asyncio.sleep(AMP_SYNC_S)
+
+    host.coordinator.hooks.register("llm:stream_block_delta", hang, priority=2, name="after the one that records")
+    call = asyncio.ensure_future(host.provider.complete(amp_ask("Hello")))
+    await amp_until(lambda: "llm:stream_block_delta" in host.names())
+    call.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await asyncio.wait_for(call, AMP_IN_TIME_S)
+    assert host.names()[-3:] == ["llm:stream_block_end", "llm:stream_aborted", "llm:response"]
+    await amp_is_quiet(amp_server, gone=1)
+
+
+@pytest.mark.asyncio
+async def test_amp_emit_that_raises_fails_nothing(amp_server: StandIn, caplog: pytest.LogCaptureFixture) -> None:
+    class Hooks:
+        async def emit(self, name: str, payload: Any) -> None:
+            raise ValueError("no JSON")
+
+    provider = VLLMProvider(amp_server.url, coordinator=types.SimpleNamespace(hooks=Hooks()))
+    assert (await provider.complete(amp_ask("Hello"))).text == "\n\nHello! How can I help you today?"
+    assert "llm:request" in caplog.text
+    assert "no JSON" in caplog.text
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize(
+    "coordinator",
+    [
+        pytest.param(None, id="none"),
+        pytest.param(object(), id="no hooks"),
+        pytest.param(types.SimpleNamespace(hooks=None), id="hooks None"),
+    ],
+)
+async def test_amp_works_without_hooks(coordinator: Any, amp_server: StandIn) -> None:
+    provider = VLLMProvider(amp_server.url, coordinator=coordinator)
+    assert (await provider.complete(amp_ask("Hello"))).text == "\n\nHello! How can I help you today?"
+
+
+@pytest.mark.asyncio
+async def test_amp_slow_hook_merges_deltas_and_never_slows_the_server(amp_server: StandIn) -> None:
+    has_sent, text = threading.Event(), "x" * 65_536
+
+    def send(connection: Connection) -> None:
+        connection.send(SSE_HEAD + chunk(amp_choice({"content": "first "})))
+        for _ in range(256):  # 16 MiB: far more than sockets hold
+            connection.send(chunk(amp_choice({"content": text})))
+        connection.send(chunk(amp_choice({}, finish_reason="stop")) + chunk("[DONE]") + b"0\r\n\r\n")
+        has_sent.set()
+
+    amp_server.script(send)
+    host = await amp_mount(amp_server, use_completions=False)
+
+    async def wait(name: str, payload: Any) -> None:
+        assert await asyncio.to_thread(has_sent.wait, AMP_SYNC_S)
+
+    host.coordinator.hooks.register("llm:stream_block_delta", wait, priority=0, name="slow")
+    response = await host.provider.complete(amp_ask("Hello"))
+    assert has_sent.is_set()
+    texts = [payload["text"] for payload in host.payloads("llm:stream_block_delta")]
+    assert "".join(texts) == response.text == "first " + text * 256
+    assert 2 <= len(texts) <= 3  # what had come, then what came meanwhile
+
+
+# ---- Amplifier: debug events ------------------------------------------------
+
+
+AMP_KEY = "sk-never-seen-anywhere"
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize(
+    ("config", "extra"),
+    [
+        pytest.param({}, [], id="none"),
+        pytest.param({"debug": True}, ["llm:request:debug", "llm:response:debug"], id="debug"),
+        pytest.param({"raw_debug": True}, ["llm:request:raw", "llm:response:raw"], id="raw_debug"),
+        pytest.param({"raw": True}, [], id="raw"),
+    ],
+)
+async def test_amp_debug_events(config: Any, extra: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("VLLM_API_KEY", raising=False)
+    with StandIn(api_key=AMP_KEY) as server:
+        host = await amp_mount(
+            server, use_completions=False, api_key=AMP_KEY, default_headers={"X-Other": AMP_KEY}, **config
+        )
+        words = "Say " + 400 * "a"
+        response = await host.provider.complete(amp_ask(words))
+    body = {"model": MODEL, "messages": [{"role": "user", "content": words}]}
+    body |= {"stream": True, "stream_options": {"include_usage": True}}
+    told = [(name, payload) for name, payload in host.told() if "stream_block" not in name]
+    assert [name for name, _ in told if name.endswith((":debug", ":raw"))] == extra
+    raws = [payload["raw"] for name, payload in told if name in ("llm:request", "llm:response") and "raw" in payload]
+    whole = [payload for name, payload in told if name.endswith(":raw")]
+    cut = [payload for name, payload in told if name.endswith(":debug")]
+    if "raw" in config:
+        assert raws[0] == body
+        assert response.text in json.dumps(raws[1]).replace("\\n", "\n")
+    else:
+        assert raws == []
+    for payload in [*whole, *cut]:
+        assert (payload.pop("provider"), payload.pop("request_id")) == ("vllm", "ID")
+    if whole:
+        assert list(whole[0].values()) == [body]
+        assert response.text in json.dumps(whole[1]).replace("\\n", "\n")
+    if cut:
+        [shown] = cut[0].values()
+        content = shown["messages"][0].pop("content")
+        assert shown == body | {"messages": [{"role": "user"}]}
+        assert content.startswith(words[:180])
+        assert words[:181] not in json.dumps(cut)
+    assert AMP_KEY not in json.dumps(told)
+
+
+@pytest.mark.asyncio
+async def test_amp_debug_truncate_length(amp_server: StandIn) -> None:
+    host = await amp_mount(amp_server, use_completions=False, debug=True, debug_truncate_length=10)
+    await host.provider.complete(amp_ask("0123456789ABC"))
+    shown = json.dumps(host.payloads("llm:request:debug"))
+    assert "0123456789" in shown
+    assert "0123456789A" not in shown
+
+
+def amp_keys(value: Any) -> Iterator[str]:
+    if isinstance(value, dict):
+        yield from value
+    for item in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        yield from amp_keys(item)
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize(
+    "keywords", [pytest.param({}, id="streamed"), pytest.param({"prompt_logprobs": 1}, id="whole")]
+)
+async def test_amp_log_probabilities_survive_redaction_and_json(keywords: Any, amp_server: StandIn) -> None:
+    logprobs = {"content": [{"token": "4", "logprob": -9999.0, "bytes": [52], "top_logprobs": []}]}
+    message = {"role": "assistant", "content": "4"}
+    choice = {"index": 0, "message": message, "logprobs": logprobs, "finish_reason": "stop"}
+    whole = reply(200, {"id": "1", "object": "chat.completion", "model": MODEL, "choices": [choice]})
+    amp_server.script(whole if keywords else sse(amp_choice({"content": "4"}, logprobs=logprobs)))
+    host = await amp_mount(amp_server, use_completions=False, raw=True, debug=True, raw_debug=True)
+    with request_options(logprobs=1) as calls:
+        await host.provider.complete(amp_ask("What is 2+2?"), **keywords)
+    assert calls[0].logprobs[0].logprob == -math.inf
+    names = [name for name in host.names() if "stream_block" not in name]
+    assert sorted(names) == sorted(
+        [
+            "llm:request",
+            "llm:request:debug",
+            "llm:request:raw",
+            "llm:response",
+            "llm:response:debug",
+            "llm:response:raw",
+        ]
+    )
+    told = json.dumps(host.payloads("llm:response:raw") + host.payloads("llm:response"), allow_nan=False)
+    assert "-9999.0" in told
+    hidden = {"token", "api_key", "authorization", "secret", "password"}  # what a redaction hook blanks
+    assert hidden.isdisjoint(key.lower() for key in amp_keys([payload for _, payload in host.events]))
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize(
+    "raw",
+    [
+        pytest.param(
+            reply(401, {"error": {"message": f"Incorrect API key provided: {AMP_KEY}."}}), id="quoted by a gateway"
+        ),
+        pytest.param(reply(401, {"error": "Unauthorized"}), id="vLLM's own"),
+    ],
+)
+async def test_amp_no_key_in_errors(raw: bytes, amp_server: StandIn, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG)
+    amp_server.script(raw)
+    host = await amp_mount(amp_server, use_completions=False, api_key=AMP_KEY, raw=True, debug=True, raw_debug=True)
+    with pytest.raises(llm_errors.AuthenticationError) as caught:
+        await host.provider.complete(amp_ask("Hello"))
+    assert amp_server.requests[0].headers["Authorization"] == f"Bearer {AMP_KEY}"
+    assert AMP_KEY not in json.dumps(host.events) + repr(caught.value) + str(caught.value) + repr(host.provider.config)
+    assert AMP_KEY not in caplog.text
+
+
+# ---- Amplifier: errors ------------------------------------------------------
+
+
+def amp_error(status: int, message: str = "No.", **headers: str) -> bytes:
+    payload = {"error": {"message": message, "type": "BadRequestError", "param": None, "code": status}}
+    return reply(status, payload, {name.replace("_", "-"): value for name, value in headers.items()})
+
+
+AMP_OVERFLOW = (
+    "This model's maximum context length is 2048 tokens. However, your prompt contains at least 2049 input tokens,"
+    " which exceeds this limit even without any output tokens. Please reduce the length of the input prompt."
+)
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize(
+    ("step", "kind", "status", "retryable", "retry_after"),
+    [
+        pytest.param(amp_error(400), "InvalidRequestError", 400, False, None, id="400"),
+        pytest.param(amp_error(401), "AuthenticationError", 401, False, None, id="401"),
+        pytest.param(amp_error(403), "AccessDeniedError", 403, False, None, id="403"),
+        pytest.param(amp_error(404), "NotFoundError", 404, False, None, id="404"),
+        pytest.param(amp_error(422), "InvalidRequestError", 422, False, None, id="422"),
+        pytest.param(amp_error(418), "LLMError", 418, False, None, id="StatusError has no name there"),
+        pytest.param(amp_error(429, Retry_After="7"), "RateLimitError", 429, True, 7.0, id="429"),
+        pytest.param(amp_error(500), "ProviderUnavailableError", 500, True, None, id="500"),
+        pytest.param(amp_error(501), "ProviderUnavailableError", 501, False, None, id="501"),
+        pytest.param(amp_error(503, Retry_After="2"), "ProviderUnavailableError", 503, True, 2.0, id="503"),
+        pytest.param(amp_error(504), "ProviderUnavailableError", 504, True, None, id="504"),
+        pytest.param(amp_error(400, AMP_OVERFLOW), "ContextLengthError", 400, False, None, id="does not fit"),
+        pytest.param(reply(200, "<html>"), "LLMError", None, False, None, id="ProtocolError has no name there"),
+        pytest.param(sse(amp_choice({"content": "A"}), done=False), "StreamError", None, True, None, id="broken off"),
+        pytest.param(
+            sse({"error": {"message": "No.", "code": 400}}), "InvalidRequestError", 400, False, None, id="in a stream"
+        ),
+        pytest.param(Connection.close, "NetworkError", None, True, None, id="closed before a reply"),
+        pytest.param(stall(), "LLMTimeoutError", None, True, None, id="silent"),
+    ],
+)
+async def test_amp_errors_are_the_kernels(
+    step: Step, kind: str, status: int | None, retryable: bool, retry_after: float | None, amp_server: StandIn
+) -> None:
+    amp_server.script(step)
+    host = await amp_mount(
+        amp_server, use_completions=False, max_retries=0, timeout=0.2 if kind == "LLMTimeoutError" else 60
+    )
+    with pytest.raises(llm_errors.LLMError) as caught:
+        await host.provider.complete(amp_ask("Hello"))
+    error = caught.value
+    assert type(error) is getattr(llm_errors, kind)
+    assert (error.status_code, error.retryable, error.retry_after) == (status, retryable, retry_after)
+    assert (error.provider, error.model) == ("vllm", MODEL)
+    assert isinstance(error.__cause__, vllm_provider.VLLMError)
+    assert str(error) == str(error.__cause__) != ""
+    assert not isinstance(error, OSError)
+    failed = host.payloads("llm:response")[0]
+    assert (failed["status"], failed["error"]) == ("error", str(error))
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("key", [pytest.param("token", id="a word"), pytest.param("2", id="a digit")])
+async def test_amp_short_key_does_not_garble_what_the_server_says(key: str, amp_server: StandIn) -> None:
+    amp_server.script(amp_error(400, AMP_OVERFLOW))
+    host = await amp_mount(amp_server, use_completions=False, api_key=key)
+    with pytest.raises(llm_errors.ContextLengthError) as caught:
+        await host.provider.complete(amp_ask("Hello"))
+    assert (caught.value.__cause__.limit, caught.value.__cause__.input_tokens) == (2048, 2049)
+
+
+@pytest.mark.asyncio
+async def test_amp_refused_connection_is_retried_and_told(caplog: pytest.LogCaptureFixture) -> None:
+    host = await amp_mount("http://127.0.0.1:9", use_completions=False, max_retries=1, max_retry_delay=0.01)
+    with pytest.raises(llm_errors.NetworkError, match=r"^no connection to http://127\.0\.0\.1:9: connection refused; "):
+        await host.provider.complete(amp_ask("Hello"))
+    assert host.names() == ["llm:request", "provider:retry", "llm:response"]
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize(
+    ("config", "fields", "keywords", "message"),
+    [
+        pytest.param({}, {"temperature": math.nan}, {}, "the request is not JSON: ", id="NaN"),
+        pytest.param({}, {}, {"user": "\ud83d"}, "the request holds a lone surrogate", id="half a character"),
+        pytest.param(
+            {}, {}, {"timeout": "soon"}, "timeout must be a positive number of seconds, got 'soon'", id="a limit"
+        ),
+        pytest.param(
+            {"prompt_format": "chat_template", "use_completions": True},
+            {"tools": [AMP_TOOL]},
+            {},
+            "prompt_format chat_template cannot render this: tools",
+            id="never another endpoint",
+        ),
+    ],
+)
+async def test_amp_call_that_cannot_work_is_a_configuration_error(
+    config: Any, fields: Any, keywords: Any, message: str, amp_server: StandIn
+) -> None:
+    host = await amp_mount(amp_server, **{"use_completions": False, **config})
+    with pytest.raises(llm_errors.ConfigurationError) as caught:
+        await host.provider.complete(amp_ask("Hello", **fields), **keywords)
+    assert str(caught.value).startswith(message)
+    assert (caught.value.retryable, caught.value.provider, caught.value.model) == (False, "vllm", MODEL)
+    assert amp_server.requests == []
+    assert host.names() == ["llm:request", "llm:response"]
+
+
+def test_amp_every_error_of_ours_has_one_of_the_kernels() -> None:
+    """Those of the kernel that have our names take part in the same tree."""
+
+    def subclasses(kind: type[Exception]) -> Iterator[type[Exception]]:
+        for child in kind.__subclasses__():
+            yield child
+            yield from subclasses(child)
+
+    ours = {kind.__name__: kind for kind in subclasses(vllm_provider.VLLMError)}
+    assert set(ours) - set(dir(llm_errors)) == {"ProtocolError", "StatusError"}
+    assert not any(issubclass(kind, OSError) for kind in ours.values())
+
+
+# ---- Amplifier: cancellation ------------------------------------------------
+
+
+def amp_phase(
+    *steps: Step, path: str = "completions", events: int = 0, gone: int = 1, **config: Any
+) -> tuple[Any, ...]:
+    return steps, path, events, gone, config
+
+
+AMP_PHASES = [
+    pytest.param(*amp_phase(stall()), id="before headers"),
+    pytest.param(*amp_phase(stall(SSE_HEAD)), id="after headers"),
+    pytest.param(*amp_phase(stall(SSE_HEAD + chunk(amp_choice({"content": "A"}))), events=3), id="mid-stream"),
+    pytest.param(*amp_phase(reply(503, "", {"Retry-After": "20"}), events=2, gone=0), id="pause before a retry"),
+    pytest.param(*amp_phase(stall(), path="tokenize", use_completions=True), id="while the prompt is rendered"),
+    pytest.param(*amp_phase(stall(), path="models", default_model=None), id="while the model is asked for"),
+    pytest.param(
+        *amp_phase(stall(), stall(), path="models", default_model=None, context_window=None),
+        id="while both are asked for",
+    ),
+    pytest.param(*amp_phase(stall(), path="models", context_window=None), id="while the limits are asked for"),
+]
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("by", [pytest.param("task", id="task"), pytest.param("session", id="session")])
+@pytest.mark.parametrize(("steps", "path", "events", "gone", "config"), AMP_PHASES)
+async def test_amp_cancellation_stops_everything(
+    steps: Any, path: str, events: int, gone: int, config: Any, by: str, amp_server: StandIn
+) -> None:
+    amp_server.script(*steps, path=path)
+    host = await amp_mount(amp_server, **{"use_completions": False, **config})
+    call = asyncio.ensure_future(host.provider.complete(amp_ask("Hello")))
+    await amp_until(lambda: any(asked.endswith(path) for asked in amp_paths(amp_server)) and len(host.events) >= events)
+    await asyncio.sleep(0.02)
+    started = time.monotonic()
+    if by == "task":
+        call.cancel()
+    else:
+        host.coordinator.cancellation.request_immediate()
+    with pytest.raises(asyncio.CancelledError if by == "task" else llm_errors.AbortError) as caught:
+        await asyncio.wait_for(call, AMP_SYNC_S)
+    assert time.monotonic() - started < 1.0
+    if by == "session":
+        assert (caught.value.provider, caught.value.model) == (
+            "vllm",
+            None if config.get("default_model", 0) is None else MODEL,
+        )
+    await amp_is_quiet(amp_server, gone)
+    assert (host.names().count("llm:request"), host.names().count("llm:response")) == (1, 1)
+    name, last = host.events[-1]
+    assert (name, last["status"], bool(last["error"]), last["usage"]) == ("llm:response", "error", True, AMP_NO_USAGE)
+    assert last["error_type"] == ("CancelledError" if by == "task" else "AbortError")
+    assert ("llm:stream_aborted" in host.names()) is ("llm:stream_block_delta" in host.names())
+
+
+@pytest.mark.asyncio
+async def test_amp_events_of_a_cancelled_call(amp_server: StandIn) -> None:
+    amp_server.script(stall(SSE_HEAD + chunk(amp_choice({"content": "A"}))))
+    host = await amp_mount(amp_server, use_completions=False)
+    call = asyncio.ensure_future(host.provider.complete(amp_ask("Hello")))
+    await amp_until(lambda: "llm:stream_block_delta" in host.names())
+    call.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await call
+    assert host.told() == [
+        amp_request_event(),
+        amp_block("start", 0, "text"),
+        amp_block("delta", 0, "text", sequence=0, text="A"),
+        amp_block("end", 0, "text"),
+        ("llm:stream_aborted", {"request_id": "ID", "error": {"type": "CancelledError", "msg": "cancelled"}}),
+        amp_failed_event("CancelledError", "cancelled"),
+    ]
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("by", [pytest.param("task", id="task"), pytest.param("session", id="session")])
+async def test_amp_cancellation_while_waiting_for_a_place(by: str, amp_server: StandIn) -> None:
+    amp_server.script(stall())
+    host = await amp_mount(amp_server, use_completions=False, max_concurrency=1)
+    first = asyncio.ensure_future(host.provider.complete(amp_ask("Hello")))
+    await amp_until(lambda: amp_server.requests)
+    second = asyncio.ensure_future(host.provider.complete(amp_ask("Hello")))
+    await amp_until(lambda: host.names() == ["llm:request"] * 2)
+    await asyncio.sleep(0.02)
+    started = time.monotonic()
+    if by == "task":
+        second.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await second
+        assert not first.done()
+        assert len(amp_server.requests) == 1
+        first.cancel()
+    else:
+        host.coordinator.cancellation.request_immediate()
+    results = await asyncio.gather(first, second, return_exceptions=True)
+    assert time.monotonic() - started < 1.0
+    assert {type(result) for result in results} == {asyncio.CancelledError if by == "task" else llm_errors.AbortError}
+    assert host.names()[2:] == ["llm:response"] * 2
+    assert {payload["request_id"] for payload in host.payloads("llm:response")} == {
+        payload["request_id"] for payload in host.payloads("llm:request")
+    }
+    await amp_is_quiet(amp_server, gone=1)
+    assert len(amp_server.requests) == 1
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("use_completions", [pytest.param(True, id="completions"), pytest.param(False, id="chat")])
+async def test_amp_cancelled_session_starts_nothing(use_completions: bool, amp_server: StandIn) -> None:
+    host = await amp_mount(amp_server, use_completions=use_completions)
+    host.coordinator.cancellation.request_immediate()
+    with pytest.raises(llm_errors.AbortError):
+        await host.provider.complete(amp_ask("Hello"))
+    assert amp_server.requests == []
+    assert host.names() == ["llm:request", "llm:response"]
+
+
+@pytest.mark.asyncio
+async def test_amp_cancelled_list_models_leaves_no_thread_behind(amp_server: StandIn) -> None:
+    amp_server.script(stall())
+    host = await amp_mount(amp_server)
+    asking = asyncio.ensure_future(host.provider.list_models())
+    await amp_until(lambda: amp_server.requests)
+    asking.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await asking
+    await amp_is_quiet(amp_server, gone=1)
+
+
+@pytest.mark.asyncio
+async def test_amp_cancelled_discovery_leaves_no_thread_behind(amp_server: StandIn) -> None:
+    amp_server.script(stall())
+    host = await amp_mount(amp_server)
+    asking = asyncio.ensure_future(on_session_ready(host.coordinator))
+    await amp_until(lambda: amp_server.requests)
+    asking.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await asking
+    await amp_is_quiet(amp_server, gone=1)
+
+
+@pytest.mark.asyncio
+async def test_amp_a_session_cancelled_gracefully_goes_on(amp_server: StandIn) -> None:
+    amp_server.pace = 0.01  # 0.2 s in all: two looks at the session
+    host = await amp_mount(amp_server, use_completions=False)
+    host.coordinator.cancellation.request_graceful()
+    assert (await host.provider.complete(amp_ask("Hello"))).text == "\n\nHello! How can I help you today?"
+
+
+@pytest.mark.asyncio
+async def test_amp_session_cancels_through_the_kernel(amp_server: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with amp_session(monkeypatch, amp_server.url, vllm={"use_completions": False}) as session:
+        amp_server.script(stall(SSE_HEAD + chunk(amp_choice({"content": "A"}))), path="completions")
+        run = asyncio.ensure_future(session.execute("Hello"))
+        await amp_until(lambda: amp_bodies(amp_server))
+        started = time.monotonic()
+        session.coordinator.cancellation.request_immediate()
+        with contextlib.suppress(Exception):  # what the kernel makes of it is its own matter
+            await asyncio.wait_for(run, AMP_SYNC_S)
+        assert time.monotonic() - started < 1.0
+        await asyncio.to_thread(amp_server.aborted.get, timeout=AMP_IN_TIME_S)
+
+
+@pytest.mark.asyncio
+async def test_amp_close_ends_the_calls_and_may_be_called_again(amp_server: StandIn) -> None:
+    amp_server.script(*[stall(SSE_HEAD + chunk(amp_choice({"content": "A"})))] * 3)
+    host = await amp_mount(amp_server, use_completions=False)
+    calls = [asyncio.ensure_future(host.provider.complete(amp_ask("Hello"))) for _ in range(3)]
+    await amp_until(lambda: host.names().count("llm:stream_block_delta") == 3)
+    started = time.monotonic()
+    await host.close()
+    await host.provider.close()
+    results = await asyncio.gather(*calls, return_exceptions=True)
+    assert time.monotonic() - started < 1.0
+    assert [type(result) for result in results] == [llm_errors.AbortError] * 3
+    assert [(result.provider, result.model, result.retryable) for result in results] == [("vllm", MODEL, False)] * 3
+    assert host.names()[-6:].count("llm:response") == 3
+    assert (await host.provider.complete(amp_ask("Hello"))).text == "\n\nHello! How can I help you today?"
+    await amp_is_quiet(amp_server, gone=3)
+
+
+# ---- Amplifier: many calls, many loops --------------------------------------
+
+
+@pytest.mark.asyncio
+async def test_amp_64_calls_run_at_once_and_leave_the_host_its_threads(amp_server: StandIn) -> None:
+    meet = threading.Barrier(65)
+
+    def together(connection: Connection) -> None:
+        meet.wait(AMP_SYNC_S)
+        amp_server.answer(connection)
+
+    amp_server.script(*[together] * 64)
+    host = await amp_mount(amp_server, use_completions=False)
+    calls = [asyncio.ensure_future(host.provider.complete(amp_ask(f"Say {number}"))) for number in range(64)]
+    await amp_until(lambda: amp_server.running == 64)
+    assert await asyncio.wait_for(asyncio.to_thread(lambda: "free"), AMP_IN_TIME_S) == "free"
+    await asyncio.wait_for(asyncio.to_thread(meet.wait, AMP_SYNC_S), AMP_SYNC_S)
+    responses = await asyncio.gather(*calls)
+    assert [response.text.split()[-1] for response in responses] == [str(number) for number in range(64)]
+
+
+@pytest.mark.asyncio
+async def test_amp_max_concurrency_is_the_providers_bound(amp_server: StandIn) -> None:
+    seen: list[int] = []
+
+    def note(connection: Connection) -> None:
+        seen.append(amp_server.running)
+        connection.pause(0.01)
+        amp_server.answer(connection)
+
+    amp_server.script(*[note] * 12)
+    host = await amp_mount(amp_server, use_completions=False, max_concurrency=3)
+    await asyncio.gather(*[host.provider.complete(amp_ask("Hello")) for _ in range(12)])
+    assert len(seen) == 12
+    assert max(seen) == 3
+
+
+@pytest.mark.asyncio
+async def test_amp_a_pause_before_a_retry_holds_no_place(amp_server: StandIn) -> None:
+    amp_server.script(reply(503, "", {"Retry-After": "20"}))
+    host = await amp_mount(amp_server, use_completions=False, max_concurrency=1)
+    first = asyncio.ensure_future(host.provider.complete(amp_ask("Hello")))
+    await amp_until(lambda: "provider:retry" in host.names())
+    response = await asyncio.wait_for(host.provider.complete(amp_ask("Hello")), AMP_IN_TIME_S)
+    assert response.finish_reason == "stop"
+    first.cancel()
+    await asyncio.wait({first})
+
+
+@pytest.mark.asyncio
+async def test_amp_mount_widens_the_stock_executor_once(amp_server: StandIn, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    assert (await asyncio.to_thread(threading.current_thread)).name.startswith("asyncio")
+    set_to: list[Any] = []
+    loop = asyncio.get_running_loop()
+    set_executor = loop.set_default_executor
+
+    def note(executor: Any) -> None:
+        set_to.append(executor)
+        set_executor(executor)
+
+    loop.set_default_executor = note  # type: ignore[method-assign]
+    for _ in range(3):
+        await amp_mount(amp_server)
+    assert len(set_to) == 1
+    assert caplog.records == []  # no word of a host's own executor
+    meet, count = threading.Barrier(100), 100
+    await asyncio.wait_for(
+        asyncio.gather(*[asyncio.to_thread(meet.wait, AMP_SYNC_S) for _ in range(count)]), AMP_SYNC_S
+    )
+
+
+@pytest.mark.asyncio
+async def test_amp_mount_leaves_a_hosts_own_executor_alone(
+    amp_server: StandIn, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(3, thread_name_prefix="hosts"))
+    host = await amp_mount(amp_server)
+    assert (await asyncio.to_thread(threading.current_thread)).name.startswith("hosts")
+    [record] = [record for record in caplog.records if record.levelno == logging.INFO]
+    assert "3" in record.getMessage()  # how many calls then run at once
+    responses = await asyncio.gather(*[host.provider.complete(amp_ask("Hello")) for _ in range(6)])
+    assert {response.text for response in responses} == {"\n\nHello! How can I help you today?"}
+
+
+@pytest.mark.asyncio
+async def test_amp_mount_widens_a_stock_executor_that_is_busy(amp_server: StandIn) -> None:
+    release, count = threading.Event(), min(32, (os.cpu_count() or 1) + 4)
+    busy = [asyncio.ensure_future(asyncio.to_thread(release.wait, AMP_SYNC_S)) for _ in range(count)]
+    try:
+        await asyncio.sleep(0)
+        await amp_mount(amp_server)
+        assert await asyncio.wait_for(asyncio.to_thread(lambda: "free"), AMP_IN_TIME_S) == "free"
+    finally:
+        release.set()
+        await asyncio.gather(*busy)
+
+
+@pytest.mark.asyncio
+async def test_amp_class_alone_widens_nothing(amp_server: StandIn) -> None:
+    provider = VLLMProvider(amp_server.url)
+    assert (await provider.complete(amp_ask("Hello"))).finish_reason == "stop"
+    assert (await asyncio.to_thread(threading.current_thread)).name.startswith("asyncio")
+
+
+def test_amp_one_provider_in_several_loops_one_after_another(amp_server: StandIn) -> None:
+    provider = VLLMProvider(amp_server.url, config={"max_concurrency": 1})
+
+    async def two() -> list[str]:
+        return [
+            response.text for response in await asyncio.gather(*[provider.complete(amp_ask("Hello")) for _ in "ab"])
+        ]
+
+    texts = [asyncio.run(two()) for _ in range(3)]
+    assert texts == [["\n\nHello! How can I help you today?"] * 2] * 3
+
+
+def test_amp_list_models_in_a_fresh_loop(amp_server: StandIn) -> None:
+    provider = VLLMProvider(amp_server.url)
+    assert [[model.id for model in asyncio.run(provider.list_models())] for _ in range(2)] == [[MODEL]] * 2
+    asyncio.run(provider.close())
+
+
+# ---- Amplifier: a server that hides or renames its models -------------------
+
+
+@pytest.mark.asyncio
+async def test_amp_hidden_list_of_models_is_not_asked_for_again_and_again(
+    amp_server: StandIn, caplog: pytest.LogCaptureFixture
+) -> None:
+    amp_server.script(*[reply(404, {"detail": "Not Found"})] * 99, path="/v1/models")
+    host = await amp_mount(amp_server, default_model=None, context_window=None, use_completions=False)
+    await on_session_ready(host.coordinator)
+    asked = []
+    for _ in range(3):
+        assert (await host.provider.complete(amp_ask("Hello"))).text == "\n\nHello! How can I help you today?"
+        asked.append(amp_paths(amp_server).count("/v1/models"))
+    assert all("model" not in body for body in amp_bodies(amp_server))  # vLLM then takes its first
+    assert asked[0] == asked[2]
+    assert len([record for record in caplog.records if "/v1/models" in record.getMessage()]) == 1
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("use_completions", [pytest.param(True, id="completions"), pytest.param(False, id="chat")])
+async def test_amp_model_that_was_renamed_meanwhile_is_asked_for_once_more(
+    use_completions: bool, amp_server: StandIn
+) -> None:
+    amp_server.script(amp_models({"id": "old", "max_model_len": 4096}), path="/v1/models")
+    host = await amp_mount(amp_server, default_model=None, use_completions=use_completions, context_window=None)
+    await on_session_ready(host.coordinator)
+    asked = []
+    for _ in range(3):
+        assert (await host.provider.complete(amp_ask("Hello"))).text == "\n\nHello! How can I help you today?"
+        asked.append(amp_paths(amp_server).count("/v1/models"))
+    assert asked[1] == asked[2] <= 3
+    assert host.payloads("llm:response")[1]["model"] == MODEL
+    info = host.provider.get_model_info()
+    assert (info.id, info.context_window) == (MODEL, MAX_MODEL_LEN)  # not the old model's
+
+
+# ---- Amplifier: conversations on the completions endpoint -------------------
+
+AMP_TURNS = ("What is 2+2?", "Hello", "Say hello in Japanese.")
+
+
+async def amp_talk(
+    provider: VLLMProvider, words: Sequence[str], system: str = ""
+) -> tuple[list[Any], list[Completion]]:
+    """Return the responses of a conversation, each turn with all before it, and their Completions."""
+    history = [Message(role="system", content=system)] if system else []
+    responses = []
+    with request_options(logprobs=1, temperature=0) as calls:
+        for said in words:
+            history.append(Message(role="user", content=said))
+            responses.append(await provider.complete(ChatRequest(messages=history)))
+            history.append(Message(role="assistant", content=responses[-1].content))
+    return responses, calls
+
+
+async def amp_check_same_as_chat(url: str, words: Sequence[str], system: str) -> list[Any]:
+    """Check that completions answer a conversation as the chat endpoint does, log probabilities included."""
+    here, there = (
+        await amp_mount(url, default_model=None),
+        await amp_mount(url, default_model=None, use_completions=False),
+    )
+    responses, calls = await amp_talk(here.provider, words, system)
+    wanted, wanted_calls = await amp_talk(there.provider, words, system)
+    assert [response.degradation for response in responses] == [None] * len(words)
+    assert [response.content for response in responses] == [response.content for response in wanted]
+    assert [response.finish_reason for response in responses] == [response.finish_reason for response in wanted]
+    assert [response.usage.input_tokens for response in responses] == [one.usage.input_tokens for one in wanted]
+    for call, other in zip(calls, wanted_calls, strict=True):
+        assert [token.token for token in call.logprobs] == [token.token for token in other.logprobs] != []
+        assert [token.logprob for token in call.logprobs] == pytest.approx(
+            [one.logprob for one in other.logprobs], abs=0.02
+        )
+        assert len(call.logprobs) == call.usage.output_tokens
+    await here.close()
+    await there.close()
+    return responses
+
+
+@pytest.mark.asyncio
+async def test_amp_completions_answer_as_the_chat_endpoint_does(amp_server: StandIn) -> None:
+    responses = await amp_check_same_as_chat(amp_server.url, AMP_TURNS, "Be brief.")
+    thoughts = [
+        block.thinking.strip() for response in responses for block in response.content if block.type == "thinking"
+    ]
+    assert thoughts == ["Two plus two equals four.", "A greeting.", "Use hiragana."]
+    assert responses[2].text.strip() == "こんにちは、世界 🌸🚀"
+    paths = [path for path in amp_paths(amp_server) if path.endswith("completions")]
+    assert paths == ["/v1/completions"] * 3 + ["/v1/chat/completions"] * 3
+
+
+@pytest.mark.asyncio
+async def test_amp_rendered_request_and_its_body(amp_server: StandIn) -> None:
+    host = await amp_mount(amp_server, temperature=0.5)
+    request = amp_ask("Hello", top_k=5, reasoning_effort="low", stop=["X"])
+    await host.provider.complete(request, extended_thinking=False, chat_template_kwargs={"a": 1})
+    [tokenize], [body] = amp_bodies(amp_server, "tokenize"), amp_bodies(amp_server)
+    kwargs = {"reasoning_effort": "low", "enable_thinking": False, "thinking": False, "a": 1}
+    assert tokenize["messages"] == [{"role": "user", "content": "Hello"}]
+    assert tokenize["chat_template_kwargs"] == kwargs
+    assert tokenize["model"] == MODEL
+    prompt = body.pop("prompt")
+    assert VLLMClient(amp_server.url).detokenize(prompt) == f"<|im_start|>user\nHello<|im_end|>\n{TURN}"
+    stream = {"stream": True, "stream_options": {"include_usage": True}}
+    sampling = {"temperature": 0.5, "top_k": 5, "stop": ["X"], "max_tokens": MAX_MODEL_LEN - len(prompt)}
+    assert body == {"model": MODEL, **sampling, **stream}
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize(
+    ("effort", "thinks"), [pytest.param("none", False, id="none"), pytest.param("high", True, id="high")]
+)
+async def test_amp_reasoning_effort_reaches_the_template_as_vllm_tells_it(
+    effort: str, thinks: bool, amp_server: StandIn
+) -> None:
+    host = await amp_mount(amp_server, reasoning_effort="low")
+    await host.provider.complete(amp_ask("Hello", reasoning_effort=effort))
+    [tokenize], [body] = amp_bodies(amp_server, "tokenize"), amp_bodies(amp_server)
+    assert tokenize["chat_template_kwargs"] == {"reasoning_effort": effort, "enable_thinking": thinks}
+    assert "reasoning_effort" not in body  # completions have none
+
+
+@pytest.mark.asyncio
+async def test_amp_documents_of_the_request_reach_the_template(amp_server: StandIn) -> None:
+    documents = [{"title": "A", "text": "B"}]
+    host = await amp_mount(amp_server)
+    await host.provider.complete(amp_ask("Hello", documents=documents))
+    [tokenize] = amp_bodies(amp_server, "tokenize")
+    assert tokenize.get("chat_template_kwargs", {}).get("documents") == documents
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize(
+    ("config", "fields", "lowered"),
+    [
+        pytest.param({"max_tokens": 100}, {}, 100, id="what was asked for"),
+        pytest.param({"max_tokens": 100}, {"max_output_tokens": 50}, 50, id="what the request asked for"),
+        pytest.param({}, {"max_output_tokens": 4000}, None, id="no more than fits"),
+        pytest.param({}, {"max_completion_tokens": 60}, 60, id="chat's newer name"),
+    ],
+)
+async def test_amp_budget_is_known_before_sending(
+    config: Any, fields: Any, lowered: int | None, amp_server: StandIn, caplog: pytest.LogCaptureFixture
+) -> None:
+    host = await amp_mount(amp_server, **config)
+    await host.provider.complete(amp_ask("Hello", **fields))
+    [body] = amp_bodies(amp_server)  # sent once: nothing was refused
+    assert body["max_tokens"] == (lowered or MAX_MODEL_LEN - len(body["prompt"]))
+    assert "max_completion_tokens" not in body
+    assert len(caplog.records) == (lowered is None)
+
+
+@pytest.mark.asyncio
+async def test_amp_prompt_that_does_not_fit_asks_the_engine_nothing(amp_server: StandIn) -> None:
+    host = await amp_mount(amp_server)
+    words = "word " * 2100
+    count = len(VLLMClient(amp_server.url).tokenize([{"role": "user", "content": words}]))
+    amp_server.requests.clear()
+    with pytest.raises(llm_errors.ContextLengthError) as caught:
+        await host.provider.complete(amp_ask(words))
+    assert amp_paths(amp_server) == ["/tokenize"]
+    assert f"{count} tokens for a context of {MAX_MODEL_LEN}" in str(caught.value)
+    assert (caught.value.__cause__.limit, caught.value.__cause__.input_tokens) == (MAX_MODEL_LEN, count)
+    assert caught.value.retryable is False
+
+
+AMP_NO_TEMPLATE = reply(
+    400,
+    {
+        "error": {
+            "message": "As of transformers v4.44, default chat template is no longer allowed, so you must provide a"
+            " chat template if the tokenizer does not define one.",
+            "type": "BadRequestError",
+            "param": None,
+            "code": 400,
+        }
+    },
+)
+
+
+@pytest.mark.asyncio
+async def test_amp_model_without_a_template_gets_a_lone_message_as_typed(amp_server: StandIn) -> None:
+    amp_server.script(*[AMP_NO_TEMPLATE] * 2, path="tokenize")
+    host = await amp_mount(amp_server)
+    response = await host.provider.complete(amp_ask("The capital of France is"))
+    assert (response.text, response.degradation) == (" Paris.", None)
+    assert [(body["prompt"], body["max_tokens"]) for body in amp_bodies(amp_server)] == [
+        ("The capital of France is", 1024)
+    ]
+    response = await host.provider.complete(amp_ask("A", "B", "Hello"))
+    reason = "the model has no chat template"
+    assert response.degradation == Degradation(requested="completions", actual="chat", reason=reason)
+    assert amp_paths(amp_server)[-1] == "/v1/chat/completions"
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize(
+    "raw",
+    [
+        pytest.param(reply(403, {"detail": "Forbidden"}), id="403"),
+        pytest.param(reply(404, {"detail": "Not Found"}), id="404"),
+        pytest.param(reply(405, {"detail": "Method Not Allowed"}), id="405"),
+        pytest.param(reply(404, "<html>nothing here</html>", {"content-type": "text/html"}), id="404 in HTML"),
+        pytest.param(reply(200, "<html>welcome</html>", {"content-type": "text/html"}), id="HTML"),
+        pytest.param(reply(200, {"object": "list"}), id="something else"),
+    ],
+)
+async def test_amp_hidden_tokenizer_is_remembered_and_said_once(
+    raw: bytes, amp_server: StandIn, caplog: pytest.LogCaptureFixture
+) -> None:
+    amp_server.script(raw, path="tokenize")
+    host = await amp_mount(amp_server)
+    responses = [await host.provider.complete(amp_ask("Hello")) for _ in range(3)]
+    reason = "/tokenize is hidden by a gateway"
+    wanted = Degradation(requested="completions", actual="chat", reason=reason)
+    assert [response.degradation for response in responses] == [wanted] * 3
+    assert amp_paths(amp_server) == ["/tokenize", *["/v1/chat/completions"] * 3]
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert {response.text for response in responses} == {"\n\nHello! How can I help you today?"}
+
+
+@pytest.mark.asyncio
+async def test_amp_tokenizer_that_fails_otherwise_is_an_error(amp_server: StandIn) -> None:
+    amp_server.script(amp_error(400, "A template's complaint."), path="tokenize")
+    host = await amp_mount(amp_server)
+    with pytest.raises(llm_errors.InvalidRequestError, match="A template's complaint"):
+        await host.provider.complete(amp_ask("Hello"))
+    assert (await host.provider.complete(amp_ask("Hello"))).degradation is None
+
+
+@pytest.mark.asyncio
+async def test_amp_tokenizer_that_is_busy_is_asked_again(amp_server: StandIn) -> None:
+    amp_server.script(reply(503, "busy"), path="tokenize")
+    host = await amp_mount(amp_server, max_retry_delay=0.01)
+    assert (await host.provider.complete(amp_ask("Hello"))).degradation is None
+    assert amp_paths(amp_server) == ["/tokenize", "/tokenize", "/v1/completions"]
+    assert [payload["attempt"] for payload in host.payloads("provider:retry")] == [1]
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize(
+    ("request_", "reason"),
+    [
+        pytest.param(amp_ask("Hello", tools=[AMP_TOOL]), "tools", id="tools"),
+        pytest.param(
+            ChatRequest(messages=[Message(**message) for message in AMP_ORPHANS]),
+            "tool results in the history",
+            id="results",
+        ),
+        pytest.param(
+            ChatRequest(
+                messages=[
+                    Message(role="user", content=[{"type": "image", "source": {"type": "url", "url": "http://a/b"}}])
+                ]
+            ),
+            "images",
+            id="images",
+        ),
+    ],
+)
+async def test_amp_what_cannot_be_rendered_goes_to_chat_and_says_so(
+    request_: Any, reason: str, amp_server: StandIn, caplog: pytest.LogCaptureFixture
+) -> None:
+    host = await amp_mount(amp_server)
+    response = await host.provider.complete(request_)
+    assert response.degradation == Degradation(requested="completions", actual="chat", reason=reason)
+    assert amp_paths(amp_server) == ["/v1/chat/completions"]
+    assert (await host.provider.complete(amp_ask("Hello"))).degradation is None  # nothing of it is remembered
+
+
+@pytest.mark.asyncio
+async def test_amp_chat_mode_degrades_nothing(amp_server: StandIn) -> None:
+    host = await amp_mount(amp_server, use_completions=False)
+    assert (await host.provider.complete(amp_ask("Hello", tools=[AMP_TOOL]))).degradation is None
+
+
+@pytest.mark.asyncio
+async def test_amp_prompt_format_raw_sends_the_text_as_it_is(amp_server: StandIn) -> None:
+    host = await amp_mount(amp_server, prompt_format="raw")
+    response = await host.provider.complete(amp_ask("The capital of France is"))
+    assert (response.content, response.degradation) == ([TextBlock(text=" Paris.")], None)
+    [body] = amp_bodies(amp_server)
+    assert (body["prompt"], body["max_tokens"]) == ("The capital of France is", 1024)
+    assert amp_paths(amp_server) == ["/v1/completions"]
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize(
+    "raw",
+    [pytest.param(AMP_NO_TEMPLATE, id="no template"), pytest.param(reply(404, {"detail": "Not Found"}), id="hidden")],
+)
+async def test_amp_prompt_format_chat_template_renders_or_raises(raw: bytes, amp_server: StandIn) -> None:
+    host = await amp_mount(amp_server, prompt_format="chat_template")
+    assert (await host.provider.complete(amp_ask("Hello"))).degradation is None
+    amp_server.script(raw, path="tokenize")
+    for _ in range(2 if raw != AMP_NO_TEMPLATE else 1):
+        with pytest.raises(llm_errors.LLMError):
+            await host.provider.complete(amp_ask("Hello"))
+    assert "/v1/chat/completions" not in amp_paths(amp_server)
+
+
+def amp_rendered(ids: Sequence[int], strings: Sequence[str] | None = None, limit: int | None = 131072) -> bytes:
+    return reply(200, {"count": len(ids), "max_model_len": limit, "tokens": list(ids), "token_strs": strings})
+
+
+def amp_text_chunks(*texts: str, logprobs: bool = False, **last: Any) -> list[dict[str, Any]]:
+    chunks = []
+    for text in texts:
+        told = {"text_offset": [0], "token_logprobs": [-0.5], "tokens": [text], "top_logprobs": [{text: -0.5}]}
+        choice = {"index": 0, "text": text, "logprobs": told if logprobs else None, "finish_reason": None}
+        chunks.append({"id": "cmpl-1", "object": "text_completion", "model": MODEL, "choices": [choice]})
+    chunks[-1]["choices"][0] |= {"finish_reason": "stop", "stop_reason": None, **last}
+    return chunks
+
+
+AMP_HARMONY_IDS = [200006, 1428, 200008, 4827, 382, 220, 17, 10, 17, 30, 200007, 200006, 173781]
+AMP_HARMONY_TEXTS = (
+    *(
+        "<|channel|>",
+        "analysis",
+        "<|message|>",
+        "Two",
+        " plus",
+        " two",
+        " equals",
+        " four",
+        ".",
+        "<|end|>",
+        "<|start|>",
+    ),
+    *("assistant", "<|channel|>", "final", "<|message|>", "2", " +", " ", "2", " =", " ", "4", ""),
+)
+
+
+@pytest.mark.asyncio
+async def test_amp_gpt_oss_plain_turns_are_split_at_its_channels(amp_server: StandIn) -> None:
+    amp_server.script(amp_rendered(AMP_HARMONY_IDS), path="tokenize")
+    amp_server.script(sse(*amp_text_chunks(*AMP_HARMONY_TEXTS, logprobs=True)), path="completions")
+    host = await amp_mount(amp_server)
+    with request_options(logprobs=1) as calls:
+        response = await host.provider.complete(amp_ask("What is 2+2?"))
+    assert response.content == [ThinkingBlock(thinking="Two plus two equals four."), TextBlock(text="2 + 2 = 4")]
+    assert response.degradation is None
+    [body] = amp_bodies(amp_server)
+    assert (body["prompt"], body["skip_special_tokens"], body["logprobs"]) == (AMP_HARMONY_IDS, False, 1)
+    assert body["max_tokens"] == 131072 - len(AMP_HARMONY_IDS)
+    assert [token.token for token in calls[0].logprobs] == list(AMP_HARMONY_TEXTS)
+    assert [payload["block_type"] for payload in host.payloads("llm:stream_block_start")] == ["thinking", "text"]
+    assert "/detokenize" not in amp_paths(amp_server)[2:]
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize(
+    ("messages", "reason"),
+    [
+        pytest.param(
+            [{"role": "system", "content": "Be brief."}, AMP_USER], "gpt-oss with a system prompt", id="system"
+        ),
+        pytest.param(
+            [
+                AMP_USER,
+                {
+                    "role": "assistant",
+                    "content": [{"type": "thinking", "thinking": "Hm."}, {"type": "text", "text": "A"}],
+                },
+                AMP_USER,
+            ],
+            "gpt-oss with past reasoning",
+            id="past reasoning",
+        ),
+        pytest.param(
+            [{"role": "user", "content": "Say <|end|>"}], "gpt-oss with more than plain text", id="control tokens"
+        ),
+    ],
+)
+async def test_amp_gpt_oss_beyond_plain_turns_goes_to_chat(messages: Any, reason: str, amp_server: StandIn) -> None:
+    amp_server.script(amp_rendered(AMP_HARMONY_IDS), path="tokenize")
+    host = await amp_mount(amp_server)
+    response = await host.provider.complete(ChatRequest(messages=[Message(**message) for message in messages]))
+    assert response.degradation == Degradation(requested="completions", actual="chat", reason=reason)
+    assert amp_paths(amp_server)[-1] == "/v1/chat/completions"
+    assert "skip_special_tokens" not in amp_bodies(amp_server)[0]
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize(
+    ("steps", "texts", "content"),
+    [
+        pytest.param(
+            [amp_rendered([1, 2, 3], ["assistant", "Ċ", "<think>"])],
+            ("Hm", ".</th", "ink>", "4"),
+            [ThinkingBlock(thinking="Hm."), TextBlock(text="4")],
+            id="the template has opened the tag",
+        ),
+        pytest.param(
+            [amp_rendered([1, 2, 3], ["<think>", "ĊĊ", "</think>"])],
+            ("4", " <think>"),
+            [TextBlock(text="4 <think>")],
+            id="the template has closed it too",
+        ),
+        pytest.param(
+            [amp_rendered([1, 2, 3]), reply(200, {"prompt": "assistant\n<think>\n"})],
+            ("Hm.", "</think>4"),
+            [ThinkingBlock(thinking="Hm."), TextBlock(text="4")],
+            id="a server that sends no strings is asked for the end",
+        ),
+        pytest.param(
+            [amp_rendered([1, 2, 3]), reply(404, {"detail": "Not Found"})],
+            ("<think>", "Hm.", "</think>", "4"),
+            [ThinkingBlock(thinking="Hm."), TextBlock(text="4")],
+            id="or not asked",
+        ),
+        pytest.param(
+            [amp_rendered([1, 2, 3], ["a"])],
+            ("<think>", "Hm"),
+            [ThinkingBlock(thinking="Hm"), TextBlock(text="")],
+            id="never closed is all reasoning",
+        ),
+    ],
+)
+async def test_amp_thoughts_are_split_off_the_text(steps: Any, texts: Any, content: Any, amp_server: StandIn) -> None:
+    amp_server.script(*steps, path="tokenize")  # and /detokenize
+    amp_server.script(sse(*amp_text_chunks(*texts, logprobs=True)), path="completions")
+    host = await amp_mount(amp_server)
+    with request_options(logprobs=1) as calls:
+        assert (await host.provider.complete(amp_ask("What is 2+2?"))).content == content
+    assert [token.token for token in calls[0].logprobs] == list(texts)
+
+
+@pytest.mark.asyncio
+async def test_amp_rendering_counts_towards_the_timeout(amp_server: StandIn) -> None:
+    amp_server.script(stall(), path="tokenize")
+    host = await amp_mount(amp_server, timeout=0.2, max_retries=0)
+    started = time.monotonic()
+    with pytest.raises(llm_errors.LLMTimeoutError):
+        await host.provider.complete(amp_ask("Hello"))
+    assert time.monotonic() - started < AMP_IN_TIME_S
+    await amp_is_quiet(amp_server, gone=1)
+
+
+# ---- Amplifier: against a real server ---------------------------------------
+
+
+@pytest.fixture
+def amp_live_url() -> str:
+    return os.environ["VLLM_LIVE_URL"]
+
+
+@pytest.mark.live
+@pytest.mark.asyncio
+async def test_amp_live_completions_answer_as_the_chat_endpoint_does(amp_live_url: str) -> None:
+    responses = await amp_check_same_as_chat(amp_live_url, AMP_TURNS, "You are a helpful parrot.")
+    assert all(response.text.strip() for response in responses)
+
+
+@pytest.mark.live
+@pytest.mark.asyncio
+async def test_amp_live_session_runs_a_tool(amp_live_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = {"temperature": "0", "logprobs": "1"}
+    async with amp_session(monkeypatch, amp_live_url, AmpWeather, vllm=config) as session:
+        with request_options() as calls:
+            answer = await session.execute("What is the weather in Paris?")
+    assert [call.arguments for call in calls[0].tool_calls] == ['{"city": "Paris"}']
+    assert "Paris" in answer
+    assert all(call.logprobs for call in calls)
+
+
+@pytest.mark.live
+@pytest.mark.asyncio
+async def test_amp_live_cancelled_call_stops_the_engine(amp_live_url: str) -> None:
+    host = await amp_mount(amp_live_url, default_model=None)
+    call = asyncio.ensure_future(host.provider.complete(amp_ask("Once upon a time"), ignore_eos=True))
+    await amp_until(lambda: "llm:stream_block_delta" in host.names())
+    call.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await call
+    assert host.names()[-1] == "llm:response"
+    await amp_is_quiet()
+
+
+# ---- Command line: what its tests need --------------------------------------
+
+CLI_MODULE: Final = Path(vllm_provider.__file__)
+CLI_KEY: Final = "sk-f3a9c1e7"
+CLI_JSON: Final = {"Content-Type": "application/json"}
+CLI_TOOLS: Final = json.dumps([{"type": "function", "function": {"name": "get_weather", "parameters": {}}}])
+CLI_PIECE: Final = {"id": "cmpl-1", "choices": [{"index": 0, "text": " a"}]}
+CLI_THOUGHT: Final = {"id": "chatcmpl-1", "choices": [{"index": 0, "delta": {"reasoning": "Hm"}}]}
+Cli: TypeAlias = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def cli_server() -> Iterator[StandIn]:
+    with StandIn() as server:
+        yield server
+
+
+@pytest.fixture
+def cli_clean(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("VLLM_BASE_URL", "VLLM_API_KEY", "NO_COLOR", "PYTHONIOENCODING"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("random.uniform", lambda _low, _high: 0.0)  # retries do not wait
+
+
+@pytest.fixture
+def cli(cli_clean: None, capsys: pytest.CaptureFixture[str]) -> Cli:
+    """Return a function that runs the command line in this process: exit code, stdout, stderr."""
+
+    def run(*argv: str) -> tuple[int, str, str]:
+        try:
+            code = main(argv)
+        except SystemExit as end:  # argparse
+            code = int(end.code or 0)
+        return code, *capsys.readouterr()
+
+    return run
+
+
+@contextlib.contextmanager
+def cli_process(*argv: str, env: Sequence[tuple[str, str]] = (), **options: Any) -> Iterator[subprocess.Popen[bytes]]:
+    """Start `python vllm_provider.py …` with pipes on all sides; it is gone when the block is left."""
+    mine = {name: value for name, value in os.environ.items() if not re.match(r"VLLM_|NO_COLOR|PYTHON(IO|UNBUF)", name)}
+    pipes: dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    command = [sys.executable, "-W", "error", str(CLI_MODULE), *argv]
+    with subprocess.Popen(command, env=mine | dict(env), **pipes | options) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def cli_output(*argv: str, stdin: bytes = b"", **options: Any) -> tuple[int, str, str]:
+    """Return exit code, stdout and stderr of `python vllm_provider.py …`."""
+    with cli_process(*argv, **options) as process:
+        out, err = process.communicate(stdin, timeout=30)
+        return process.returncode, (out or b"").decode(), (err or b"").decode()
+
+
+@contextlib.contextmanager
+def cli_terminal(monkeypatch: pytest.MonkeyPatch, *names: str) -> Iterator[Callable[[], str]]:
+    """Put a terminal in the place of these streams of `sys`; yield a function that returns what it has shown."""
+    leader, follower = pty.openpty()
+    shown = bytearray()
+
+    def read() -> None:
+        with contextlib.suppress(OSError):  # the end of a terminal
+            while data := os.read(leader, 65536):
+                shown.extend(data)
+
+    reader = threading.Thread(target=read)
+    reader.start()
+
+    def text() -> str:
+        terminal.close()
+        reader.join(5.0)
+        return shown.decode().replace("\r\n", "\n")
+
+    with open(follower, "w", encoding="utf-8") as terminal, monkeypatch.context() as patch:
+        for name in names:
+            patch.setattr(sys, name, terminal)
+        yield text
+        terminal.close()
+    reader.join(5.0)
+    os.close(leader)
+
+
+# ---- Command line: what it prints -------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("argv", "out", "err"),
+    [
+        pytest.param(["complete", "The capital of France is"], " Paris.\n", "", id="complete"),
+        pytest.param(
+            ["complete", "The capital of France is", "--logprobs", "2"],
+            " Paris.\n",
+            "",
+            id="logprobs-in-a-pipe-leave-the-text-alone",
+        ),
+        pytest.param(["complete", "What is 2+2?", "--no-stream"], " 4\n", "", id="complete-whole"),
+        pytest.param(
+            ["chat", "What is 2+2?"],
+            "\n\n2 + 2 = 4\n",
+            "\nTwo plus two equals four.\n\n",
+            id="chat-reasoning-on-stderr",
+        ),
+        pytest.param(
+            ["chat", "What is 2+2?", "--no-stream"],
+            "\n\n2 + 2 = 4\n",
+            "\nTwo plus two equals four.\n\n",
+            id="chat-whole",  # a line break between reasoning and text here too
+        ),
+        pytest.param(
+            ["chat", "Say hello in Japanese."],
+            "\n\nこんにちは、世界 🌸🚀\n",
+            "\nUse hiragana.\n\n",
+            id="characters-beyond-latin",
+        ),
+        pytest.param(
+            ["complete", "What is 2+2?", "--chat-template"],
+            "\n\n2 + 2 = 4\n",
+            "\nTwo plus two equals four.\n\n",
+            id="chat-template-splits-reasoning",
+        ),
+        pytest.param(
+            ["complete", "What is 2+2?", "--chat-template", "--no-stream"],
+            "\n\n2 + 2 = 4\n",
+            "\nTwo plus two equals four.\n\n",
+            id="chat-template-whole",
+        ),
+        pytest.param(
+            ["complete", "Count to 100.", "--stop", "never", "--stop", " 3"], " 1 2\n", "", id="stop-repeated"
+        ),
+        pytest.param(
+            ["chat", "Hello", "--param", "n=2"],
+            "\n\nHello! How can I help you today?\n\n\nHello! How can I help you today?\n",
+            "\nA greeting.\n\n",
+            id="several-choices-one-after-the-other",
+        ),
+        pytest.param(
+            ["chat", "What is the weather in Paris and Rome?", "--param", f"tools={CLI_TOOLS}"],
+            '\n\n\nget_weather({"city": "Paris"})\nget_weather({"city": "Rome"})\n',
+            "\nTwo calls.\n\n",
+            id="tool-calls",
+        ),
+        pytest.param(["models"], "parrot\t2048 tokens\n", "", id="models"),
+    ],
+)
+def test_cli_prints(cli: Cli, cli_server: StandIn, argv: list[str], out: str, err: str) -> None:
+    assert cli(*argv, "--base-url", cli_server.url) == (0, out, err)
+
+
+def test_cli_health_says_which_server_is_well(cli: Cli, cli_server: StandIn) -> None:
+    assert cli("health", "--base-url", f"{cli_server.url}/v1/") == (0, f"{cli_server.url} is well\n", "")
+
+
+def test_cli_models_without_a_limit(cli: Cli, cli_server: StandIn) -> None:
+    cli_server.script(reply(200, {"object": "list", "data": [{"id": "a"}, {"id": "b", "max_model_len": 8}]}))
+    assert cli("models", "--base-url", cli_server.url) == (0, "a\t? tokens\nb\t8 tokens\n", "")
+
+
+def test_cli_version_and_help(cli: Cli) -> None:
+    assert cli("--version") == (0, f"vllm-provider {vllm_provider.__version__}\n", "")
+    code, out, err = cli("complete", "--help")
+    assert (code, err) == (0, "")
+    assert {"--system", "--stop", "--param", "--chat-template", "--json"} <= set(re.findall(r"--[a-z-]+", out))
+
+
+@pytest.mark.parametrize(
+    ("piece", "name", "shown"),
+    [
+        pytest.param(CLI_PIECE, "stdout", b" a", id="text"),
+        pytest.param(CLI_THOUGHT, "stderr", b"Hm", id="reasoning"),
+    ],
+)
+def test_cli_prints_each_piece_at_once(cli_server: StandIn, piece: dict[str, Any], name: str, shown: bytes) -> None:
+    cli_server.script(stall(sse(piece, done=False, end=False), timeout_s=5.0))
+    with cli_process("--base-url", cli_server.url, "--model", MODEL, "chat", "x") as process:
+        assert getattr(process, name).read(2) == shown
+        assert cli_server.running == 1
+
+
+def test_cli_runs_as_a_file(cli_server: StandIn) -> None:
+    argv = ("--base-url", cli_server.url, "complete", "The capital of France is")
+    assert cli_output(*argv) == (0, " Paris.\n", "")
+
+
+# ---- Command line: options --------------------------------------------------
+
+
+@pytest.mark.parametrize("is_after", [pytest.param(False, id="before"), pytest.param(True, id="after")])
+def test_cli_options_before_and_after_the_command(cli: Cli, cli_server: StandIn, is_after: bool) -> None:
+    options = ["--base-url", cli_server.url, "--api-key", CLI_KEY, "--model", MODEL, "--timeout", "60"]
+    assert cli(*options * (not is_after), "complete", "What is 2+2?", *options * is_after) == (0, " 4\n", "")
+    (request,) = cli_server.requests
+    assert (request.headers["Authorization"], request.body["model"]) == (f"Bearer {CLI_KEY}", MODEL)
+
+
+def test_cli_an_option_after_the_command_wins(cli: Cli, cli_server: StandIn) -> None:
+    argv = ("--model", "other", "--base-url", cli_server.url, "complete", "What is 2+2?", "--model", MODEL)
+    assert cli(*argv) == (0, " 4\n", "")
+
+
+def test_cli_takes_url_and_key_from_the_environment(
+    cli: Cli, cli_server: StandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VLLM_BASE_URL", cli_server.url)
+    monkeypatch.setenv("VLLM_API_KEY", CLI_KEY)
+    assert cli("complete", "What is 2+2?")[0] == 0
+    assert cli("complete", "What is 2+2?", "--api-key", "other")[0] == 0
+    keys = [request.headers["Authorization"] for request in cli_server.requests]
+    assert keys == [*[f"Bearer {CLI_KEY}"] * 2, *["Bearer other"] * 2]
+    monkeypatch.setenv("VLLM_BASE_URL", "http://127.0.0.1:9")
+    assert cli("complete", "What is 2+2?", "--base-url", cli_server.url)[0] == 0
+
+
+CLI_ASKED: Final = ["--max-tokens", "5", "--temperature", "0", "--seed", "7", "--logprobs", "2", "--stop", "a"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "body"),
+    [
+        pytest.param(
+            ["complete", "Hello", *CLI_ASKED],
+            {"prompt": "Hello", "max_tokens": 5, "temperature": 0.0, "seed": 7, "logprobs": 2, "stop": ["a"]},
+            id="complete",
+        ),
+        pytest.param(
+            ["chat", "Hello", *CLI_ASKED, "--stop", "b", "--system", "Be brief."],
+            {
+                "messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello"}],
+                "max_tokens": 5,
+                "temperature": 0.0,
+                "seed": 7,
+                "logprobs": True,
+                "top_logprobs": 2,
+                "stop": ["a", "b"],
+            },
+            id="chat",
+        ),
+        pytest.param(
+            ["chat", "Hello", "--param", "top_k=5", "--param", "min-p=0.5", "--param", 'stop=["x"]', "--stop", "a"],
+            {"messages": [{"role": "user", "content": "Hello"}], "top_k": 5, "min_p": 0.5, "stop": ["x"]},
+            id="params-win-over-options",
+        ),
+        pytest.param(
+            ["complete", "Hello", "--max-tokens", "0", "--param", "echo=true", "--param", "logprobs=null"],
+            {"prompt": "Hello", "max_tokens": 0, "echo": True},
+            id="zero-is-sent-and-null-is-not",
+        ),
+    ],
+)
+def test_cli_sends(cli: Cli, cli_server: StandIn, argv: list[str], body: dict[str, Any]) -> None:
+    streamed = {"model": MODEL, "stream": True, "stream_options": {"include_usage": True}}
+    assert cli(*argv, "--base-url", cli_server.url)[0] == 0
+    assert cli_server.requests[-1].body == body | streamed
+    assert cli(*argv, "--base-url", cli_server.url, "--no-stream")[0] == 0
+    assert cli_server.requests[-1].body == body | {"model": MODEL}
+
+
+def test_cli_chat_template_renders_the_system_message_too(cli: Cli, cli_server: StandIn) -> None:
+    argv = ("complete", "What is 2+2?", "--chat-template", "--system", "Be brief.", "--base-url", cli_server.url)
+    assert cli(*argv) == (0, "\n\n2 + 2 = 4\n", "\nTwo plus two equals four.\n\n")
+    asked = {request.path: request.body for request in cli_server.requests}
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What is 2+2?"}]
+    assert asked["/tokenize"]["messages"] == messages
+    with VLLMClient(cli_server.url) as client:
+        assert asked["/v1/completions"]["prompt"] == client.tokenize(messages)
+
+
+def test_cli_chat_template_never_goes_to_the_chat_endpoint(cli: Cli, cli_server: StandIn) -> None:
+    harmony = {"count": 1, "max_model_len": 2048, "tokens": [200006], "token_strs": ["<|start|>"]}
+    cli_server.script(reply(200, harmony), path="/tokenize")
+    argv = ("complete", "x", "--chat-template", "--system", "Be brief.", "--base-url", cli_server.url)
+    said = "vllm-provider: prompt_format chat_template cannot render this: gpt-oss with a system prompt\n"
+    assert cli(*argv) == (2, "", said)
+    assert "/v1/chat/completions" not in [request.path for request in cli_server.requests]
+
+
+@pytest.mark.parametrize(
+    ("stdin", "argv", "said"),
+    [
+        pytest.param("What is 2+2?", ["chat"], "What is 2+2?", id="as-it-is"),
+        pytest.param(" two\nlines\n", ["chat"], " two\nlines\n", id="white-space-kept"),
+        pytest.param("unread", ["chat", "Hello"], "Hello", id="not-read-when-there-is-an-argument"),
+        pytest.param("unread", ["chat", ""], "", id="not-read-when-the-argument-is-empty"),
+        pytest.param("世界 🌸", ["chat"], "世界 🌸", id="unicode"),
+    ],
+)
+def test_cli_prompt_from_stdin(
+    cli: Cli, cli_server: StandIn, monkeypatch: pytest.MonkeyPatch, stdin: str, argv: list[str], said: str
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin.encode()), encoding="utf-8"))
+    assert cli(*argv, "--base-url", cli_server.url)[0] == 0
+    assert cli_server.requests[-1].body["messages"] == [{"role": "user", "content": said}]
+
+
+# ---- Command line: as JSON --------------------------------------------------
+
+
+def test_cli_json_is_the_whole_completion(cli: Cli, cli_server: StandIn) -> None:
+    argv = ("chat", "What is 2+2?", "--logprobs", "1", "--json", "--base-url", cli_server.url)
+    code, out, err = cli(*argv)
+    told = json.loads(out)
+    assert (code, err, out.count("\n")) == (0, "", 1)
+    assert set(told) == set(inspect.signature(vllm_provider.Completion).parameters)
+    (choice,) = told["choices"]
+    assert set(choice) == set(inspect.signature(vllm_provider.Choice).parameters)
+    assert (choice["text"], choice["finish_reason"]) == ("\n\n2 + 2 = 4", "stop")
+    assert (choice["reasoning"], len(choice["logprobs"])) == ("\nTwo plus two equals four.\n", 18)
+    token = choice["logprobs"][-2]
+    assert (token["token"], token["bytes"], len(token["top"])) == (" 4", list(b" 4"), 1)
+    assert told["usage"]["output_tokens"] == 18
+    assert "choices" not in told["payload"]
+
+
+def test_cli_json_of_a_whole_reply_has_its_payload(cli: Cli, cli_server: StandIn) -> None:
+    told = json.loads(cli("complete", "What is 2+2?", "--json", "--no-stream", "--base-url", cli_server.url)[1])
+    assert told["payload"]["choices"][0]["text"] == told["choices"][0]["text"] == " 4"
+
+
+def _no_constant(name: str) -> float:
+    raise AssertionError(f"{name} is not JSON")
+
+
+def test_cli_json_has_no_infinity_and_no_nan(cli: Cli, cli_server: StandIn) -> None:
+    logprobs = {"tokens": ["a", "b"], "token_logprobs": [-9999.0, math.nan], "top_logprobs": [{"c": -math.inf}, None]}
+    payload = {"id": "cmpl-1", "choices": [{"index": 0, "text": "ab", "logprobs": logprobs}]}
+    cli_server.script(reply(200, json.dumps(payload), CLI_JSON))
+    argv = ("complete", "x", "--json", "--no-stream", "--model", MODEL, "--base-url", cli_server.url)
+    told = json.loads(cli(*argv)[1], parse_constant=_no_constant)
+    first, second = told["choices"][0]["logprobs"]
+    assert (first["logprob"], first["top"][0]["logprob"], second["logprob"]) == (-9999.0, -9999.0, None)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii", "cp1252"])
+def test_cli_json_is_json_in_every_encoding(cli_server: StandIn, encoding: str) -> None:
+    argv = ("chat", "Say hello in Japanese.", "--json", "--base-url", cli_server.url)
+    code, out, err = cli_output(*argv, env=[("PYTHONIOENCODING", encoding)])
+    assert (code, err) == (0, "")
+    assert json.loads(out)["choices"][0]["text"] == "\n\nこんにちは、世界 🌸🚀"
+
+
+def test_cli_shows_what_the_terminal_lacks_as_escapes(cli_server: StandIn) -> None:
+    argv = ("complete", "é 🌸", "--base-url", cli_server.url)
+    assert cli_output(*argv, env=[("PYTHONIOENCODING", "ascii")])[:2] == (0, " You said: \\xe9 \\U0001f338\n")
+
+
+# ---- Command line: on a terminal --------------------------------------------
+
+
+def _coloured(token: str, *others: str, colour: int = 33) -> str:
+    return f"\x1b[{colour}m{token}\x1b[0m" + (f"\x1b[2m[{' '.join(map(repr, others))}]\x1b[0m" if others else "")
+
+
+CLI_PARIS: Final = ["complete", "The capital of France is", "--logprobs", "2"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "env", "shown"),
+    [
+        pytest.param(
+            CLI_PARIS, {}, _coloured(" Paris", " the") + _coloured(".", " the") + "\n", id="colours-and-alternatives"
+        ),
+        pytest.param(CLI_PARIS[:2], {}, " Paris.\n", id="plain-without-logprobs"),
+        pytest.param(CLI_PARIS, {"NO_COLOR": "1"}, " Paris(0.68).(0.58)\n", id="no-color"),
+        pytest.param(
+            CLI_PARIS,
+            {"NO_COLOR": ""},
+            _coloured(" Paris", " the") + _coloured(".", " the") + "\n",
+            id="an-empty-no-color-is-none",  # no-color.org: "when present and not an empty string"
+        ),
+        pytest.param(
+            [*CLI_PARIS, "--no-stream", "--max-tokens", "1"],
+            {},
+            _coloured(" Paris", " the") + "\n",
+            id="whole-reply-whose-tokens-join-to-its-text",
+        ),
+        pytest.param(
+            [*CLI_PARIS, "--no-stream"], {}, " Paris.\n", id="plain-where-tokens-and-text-differ"
+        ),  # the end token is among them
+    ],
+)
+def test_cli_logprobs_on_a_terminal(
+    cli: Cli, cli_server: StandIn, monkeypatch: pytest.MonkeyPatch, argv: list[str], env: dict[str, str], shown: str
+) -> None:
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    with cli_terminal(monkeypatch, "stdout") as text:
+        assert main([*argv, "--base-url", cli_server.url]) == 0
+        assert text() == shown
+
+
+@pytest.mark.parametrize(
+    ("logprob", "shown"),
+    [
+        pytest.param(math.log(0.8001), _coloured(" a", colour=32), id="green-from-0.8"),
+        pytest.param(math.log(0.7999), _coloured(" a", colour=33), id="yellow-below"),
+        pytest.param(math.log(0.4001), _coloured(" a", colour=33), id="yellow-from-0.4"),
+        pytest.param(math.log(0.3999), _coloured(" a", colour=31), id="red-below"),
+        pytest.param(-9999.0, _coloured(" a", colour=31), id="impossible"),
+        pytest.param(None, _coloured(" a", colour=31), id="unknown"),
+    ],
+)
+def test_cli_colour_follows_the_probability(
+    cli: Cli, cli_server: StandIn, monkeypatch: pytest.MonkeyPatch, logprob: float | None, shown: str
+) -> None:
+    logprobs = {"tokens": [" a"], "token_logprobs": [logprob], "top_logprobs": [{" a": logprob or 0.0}]}
+    cli_server.script(sse({"id": "cmpl-1", "choices": [{"index": 0, "text": " a", "logprobs": logprobs}]}))
+    with cli_terminal(monkeypatch, "stdout") as text:
+        assert main(["complete", "x", "--logprobs", "1", "--model", MODEL, "--base-url", cli_server.url]) == 0
+        assert text() == f"{shown}\n"
+
+
+@pytest.mark.parametrize(
+    ("env", "shown"),
+    [
+        pytest.param({}, "\x1b[2mHm\x1b[0m\n", id="dim"),
+        pytest.param({"NO_COLOR": "1"}, "Hm\n", id="no-color"),
+    ],
+)
+def test_cli_reasoning_on_a_terminal(
+    cli: Cli,
+    cli_server: StandIn,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    env: dict[str, str],
+    shown: str,
+) -> None:
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    cli_server.script(sse(CLI_THOUGHT, CLI_PIECE))
+    with cli_terminal(monkeypatch, "stderr") as text:
+        assert main(["chat", "x", "--model", MODEL, "--base-url", cli_server.url]) == 0
+        assert (text(), capsys.readouterr().out) == (shown, " a\n")
+
+
+@pytest.mark.parametrize(
+    ("piece", "begun"),
+    [pytest.param(CLI_PIECE, " a\n", id="after-text"), pytest.param(CLI_THOUGHT, "Hm\n", id="after-reasoning")],
+)
+def test_cli_an_error_begins_a_line_of_its_own(
+    cli: Cli, cli_server: StandIn, monkeypatch: pytest.MonkeyPatch, piece: dict[str, Any], begun: str
+) -> None:
+    monkeypatch.setenv("NO_COLOR", "1")
+    cli_server.script(sse(piece, done=False))
+    with cli_terminal(monkeypatch, "stdout", "stderr") as text:
+        assert main(["chat", "x", "--model", MODEL, "--base-url", cli_server.url]) == 1
+        assert text().startswith(f"{begun}vllm-provider: the stream ended without [DONE]: ")
+
+
+# ---- Command line: misuse and failures --------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        pytest.param([], "the following arguments are required: command", id="no-command"),
+        pytest.param(["version"], "argument command: invalid choice: 'version'", id="unknown-command"),
+        pytest.param(["chat", "x", "--bogus"], "unrecognized arguments: --bogus", id="unknown-option"),
+        pytest.param(["chat", "x", "--chat-template"], "unrecognized arguments", id="chat-needs-no-template"),
+        pytest.param(["health", "--wait", "x"], "argument --wait: invalid float value: 'x'", id="wait"),
+        pytest.param(["chat", "x", "y"], "unrecognized arguments: y", id="prompt-without-quotes"),
+    ],
+)
+def test_cli_misused_as_argparse_sees_it(cli: Cli, cli_server: StandIn, argv: list[str], said: str) -> None:
+    code, out, err = cli("--base-url", cli_server.url, *argv)
+    assert (code, out, cli_server.requests) == (2, "", [])
+    assert said in err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        pytest.param(
+            ["chat", "x", "--temperature", "hot"], "temperature must be a number, got 'hot'", id="temperature"
+        ),
+        pytest.param(
+            ["chat", "x", "--max-tokens", "1.5"],
+            "max_tokens must be a whole number of at least 0, got '1.5'",
+            id="max-tokens",
+        ),
+        pytest.param(["chat", "x", "--seed", "s"], "seed must be a whole number, got 's'", id="seed"),
+        pytest.param(
+            ["chat", "x", "--logprobs", "many"],
+            "logprobs must be a whole number, true or false, got 'many'",
+            id="logprobs",
+        ),
+        pytest.param(
+            ["models", "--timeout", "0"], "timeout must be a positive number of seconds, got '0'", id="timeout"
+        ),
+        pytest.param(
+            ["models", "--base-url", "localhost:8000"],
+            "base_url must be a URL like http://localhost:8000, without query or fragment, got 'localhost:8000'",
+            id="url-without-a-scheme",
+        ),
+        pytest.param(
+            ["models", "--base-url", f"http://me:{CLI_KEY}@host"],
+            "base_url must not hold a user name or password; a key goes under api_key",
+            id="password-in-the-url",
+        ),
+        pytest.param(
+            ["models", "--api-key", f"“{CLI_KEY}”"],
+            "api_key must be printable ASCII; is a line break or a typographic character in it?",
+            id="key-with-typographic-quotes",
+        ),
+        pytest.param(
+            ["complete", "x", "--system", "Be brief."],
+            "--system goes with chat, or with complete --chat-template",
+            id="system-without-a-template",
+        ),
+        pytest.param(
+            ["chat", "x", "--param", "top_k"],
+            """--param must be NAME=JSON, like top_k=5 or stop='["END"]', got 'top_k'""",
+            id="param-without-a-value",
+        ),
+        pytest.param(
+            ["chat", "x", "--param", "stop=END"],
+            """--param must be NAME=JSON, like top_k=5 or stop='["END"]', got 'stop=END'""",
+            id="param-that-is-not-json",
+        ),
+        pytest.param(
+            ["chat", "x", "--param", "=5"],
+            """--param must be NAME=JSON, like top_k=5 or stop='["END"]', got '=5'""",
+            id="param-without-a-name",
+        ),
+        pytest.param(
+            ["chat", "x", "--param", "stream=true"],
+            "stream is not a parameter here; stream_complete() and stream_chat() stream",
+            id="stream",
+        ),
+    ],
+)
+def test_cli_misused(cli: Cli, cli_server: StandIn, argv: list[str], said: str) -> None:
+    assert cli("--base-url", cli_server.url, *argv) == (2, "", f"vllm-provider: {said}\n")
+    assert cli_server.requests == []
+
+
+def test_cli_a_param_that_is_not_json_by_the_standard(cli: Cli, cli_server: StandIn) -> None:
+    code, out, err = cli("chat", "x", "--param", "top_p=NaN", "--base-url", cli_server.url)
+    assert (code, out, err.count("\n"), cli_server.requests) == (2, "", 1, [])
+    assert err.startswith("vllm-provider: the request is not JSON: ")
+
+
+@pytest.mark.parametrize(
+    ("command", "name"),
+    [
+        pytest.param("complete", "prompt", id="the-prompt-twice"),
+        pytest.param("chat", "messages", id="the-messages-twice"),
+        pytest.param("complete", "config", id="a-name-inside-the-module"),
+        pytest.param("chat", "config", id="the-same-for-chat"),
+    ],
+)
+def test_cli_a_param_that_python_would_take_for_something_else(
+    cli: Cli, cli_server: StandIn, command: str, name: str
+) -> None:
+    code, _, err = cli(command, "x", "--param", f'{name}="y"', "--base-url", cli_server.url)
+    assert (code, err.count("\n")) == (2, 1)
+    assert err.startswith("vllm-provider: ")
+
+
+def test_cli_without_any_url(cli: Cli) -> None:
+    said = "vllm-provider: No base_url found: set it or VLLM_BASE_URL, like http://localhost:8000\n"
+    assert cli("chat", "x") == (2, "", said)
+
+
+@pytest.mark.parametrize(
+    ("argv", "steps", "out", "said"),
+    [
+        pytest.param(
+            ["chat", "x", "--base-url", "{url}/foo"],
+            [],
+            "",
+            "404 'Not Found': POST {url}/foo/v1/chat/completions; is base_url the server's root, and is it vLLM?"
+            " (curl BASE_URL/v1/models)",
+            id="wrong-path",
+        ),
+        pytest.param(
+            ["chat", "x", "--model", "nope"], [], "", "model not found: 'nope'; the server has parrot", id="model"
+        ),
+        pytest.param(
+            ["complete", "x", "--chat-template", "--model", "nope"],
+            [],
+            "",
+            "model not found: 'nope'; the server has parrot",
+            id="model-with-a-template",
+        ),
+        pytest.param(
+            ["complete", "x" + " x" * 2999],
+            [],
+            "",
+            "the prompt does not fit: 3000 tokens for a context of 2048: POST {url}/v1/completions; shorten it",
+            id="prompt-too-long",
+        ),
+        pytest.param(
+            ["complete", "x", "--model", MODEL],
+            [sse(CLI_PIECE, done=False)],
+            " a",
+            "the stream ended without [DONE]: POST {url}/v1/completions; was the server or a proxy stopped?",
+            id="broken-stream",
+        ),
+        pytest.param(
+            ["complete", "x", "--model", MODEL],
+            [sse(CLI_PIECE, {"error": {"message": "Internal server error", "code": 500}})],
+            " a",
+            "500 'Internal server error': POST {url}/v1/completions",
+            id="error-in-the-stream",
+        ),
+        pytest.param(
+            ["complete", "x", "--logprobs", "50"],
+            [],
+            "",
+            "400 'Requested sample logprobs of 50, which is greater than max allowed: 20 (parameter=logprobs,"
+            " value=50)': POST {url}/v1/completions; ask for fewer, or start vLLM with --max-logprobs N",
+            id="more-logprobs-than-allowed",
+        ),
+        pytest.param(
+            ["models"],
+            [reply(200, "<html>\nhi\n</html>", {"Content-Type": "text/html"})],
+            "",
+            "not the JSON vLLM sends: GET {url}/v1/models: '<html> hi </html>'; is base_url the server's root, and is"
+            " it vLLM? (curl BASE_URL/v1/models)",
+            id="not-vllm",
+        ),
+        pytest.param(["health"], [reply(503)], "", "503 (no message): GET {url}/health", id="not-well"),
+        pytest.param(
+            ["complete", "x", "--model", MODEL, "--timeout", "0.3"],
+            [stall()],
+            "",
+            "no reply within 0.3 s: POST {url}/v1/completions; raise timeout, or ask for fewer tokens",
+            id="silent",
+        ),
+        pytest.param(
+            ["chat", "x", "--base-url", "http://127.0.0.1:9"],
+            [],
+            "",
+            "no connection to http://127.0.0.1:9: connection refused; is vLLM running?"
+            " (curl http://127.0.0.1:9/health)",
+            id="dead",
+        ),
+        pytest.param(
+            ["health", "--wait", "0.3", "--base-url", "http://127.0.0.1:9"],
+            [],
+            "",
+            "no connection to http://127.0.0.1:9: connection refused; is vLLM running?"
+            " (curl http://127.0.0.1:9/health)",
+            id="dead-all-the-while",
+        ),
+    ],
+)
+def test_cli_fails_with_one_line(
+    cli: Cli, cli_server: StandIn, argv: list[str], steps: list[bytes], out: str, said: str
+) -> None:
+    cli_server.script(*steps)
+    argv = [word.format(url=cli_server.url) for word in argv]
+    code, shown, err = cli("--base-url", cli_server.url, "--api-key", CLI_KEY, *argv)
+    assert (code, shown.rstrip("\n"), err.lstrip("\n")) == (
+        1,
+        out,
+        f"vllm-provider: {said.format(url=cli_server.url)}\n",
+    )
+    assert CLI_KEY not in shown + err
+
+
+def test_cli_wrong_key(cli: Cli) -> None:
+    with StandIn(api_key="right") as server:
+        cure = "set api_key or VLLM_API_KEY to the key the server was started with"
+        said = f"vllm-provider: 401 'Unauthorized': POST {server.url}/v1/completions; {cure}\n"
+        assert cli("complete", "x", "--base-url", server.url, "--api-key", CLI_KEY) == (1, "", said)
+        assert cli("complete", "What is 2+2?", "--base-url", server.url, "--api-key", "right") == (0, " 4\n", "")
+
+
+def test_cli_never_logs_the_key(cli: Cli, cli_server: StandIn, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG)
+    cli_server.script(reply(503, "busy"), path="/completions")
+    argv = ("--api-key", CLI_KEY, "--base-url", cli_server.url, "complete", "What is 2+2?", "--json")
+    code, out, err = cli(*argv)
+    assert (code, "retry 1 of 3" in caplog.text) == (0, True)
+    assert CLI_KEY not in out + err + caplog.text
+
+
+def test_cli_waits_for_a_server_that_starts(cli: Cli, cli_server: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vllm_provider, "HEALTH_POLL_S", 0.01)
+    cli_server.script(reply(503), reply(503))
+    assert cli("health", "--wait", "20", "--base-url", cli_server.url)[0] == 0
+    assert len(cli_server.requests) == 3
+
+
+def test_cli_failure_of_a_process(cli_server: StandIn) -> None:
+    argv = ("--base-url", cli_server.url, "chat", "x", "--model", "nope")
+    said = "vllm-provider: model not found: 'nope'; the server has parrot\n"
+    assert cli_output(*argv, env=[("VLLM_API_KEY", CLI_KEY)]) == (1, "", said)
+    assert cli_output("chat", "x") == (
+        2,
+        "",
+        "vllm-provider: No base_url found: set it or VLLM_BASE_URL, like http://localhost:8000\n",
+    )
+
+
+def test_cli_a_prompt_that_is_not_utf8_ends_in_one_line(
+    cli: Cli, cli_server: StandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9"), encoding="utf-8"))
+    code, out, err = cli("chat", "--base-url", cli_server.url)
+    assert (code, out, err.count("\n"), cli_server.requests) == (2, "", 1, [])
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+@pytest.mark.parametrize(
+    "argv", [pytest.param(["models"], id="at-the-end"), pytest.param(["complete", "What is 2+2?"], id="at-a-piece")]
+)
+def test_cli_a_full_disk_is_one_line(
+    cli: Cli,
+    cli_server: StandIn,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    argv: list[str],
+) -> None:
+    with open("/dev/full", "w", encoding="utf-8") as full, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", full)
+        assert main([*argv, "--base-url", cli_server.url]) == 1
+    err = capsys.readouterr().err
+    assert (err.count("\n"), os.strerror(errno.ENOSPC) in err) == (1, True)
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_cli_a_full_disk_fails_the_process(cli_server: StandIn) -> None:
+    with open("/dev/full", "wb") as full:
+        code, _, err = cli_output("--base-url", cli_server.url, "models", stdout=full)
+    assert (code, err.count("\n"), os.strerror(errno.ENOSPC) in err) == (1, 1, True)
+
+
+# ---- Command line: stopped --------------------------------------------------
+
+
+@pytest.fixture
+def cli_interruptible() -> Iterator[None]:
+    """Have SIGINT reach children, also where the tests run in the background, where shells switch it off."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        pytest.param(["complete", "x"], id="in-mid-stream"),
+        pytest.param(["chat", "x", "--json"], id="in-mid-stream-with-nothing-shown"),
+        pytest.param(["complete", "x", "--no-stream"], id="before-the-reply"),
+    ],
+)
+@pytest.mark.usefixtures("cli_interruptible")
+def test_cli_ctrl_c_stops_the_server(cli_server: StandIn, argv: list[str]) -> None:
+    cli_server.script(stall(b"" if "--no-stream" in argv else sse(CLI_PIECE, done=False, end=False)))
+    with cli_process("--base-url", cli_server.url, "--model", MODEL, *argv) as process:
+        while not cli_server.running:
+            time.sleep(0.01)
+        if "--json" not in argv and "--no-stream" not in argv:
+            assert process.stdout
+            assert process.stdout.read(2) == b" a"
+        process.send_signal(signal.SIGINT)
+        cli_server.aborted.get(timeout=10.0)
+        out, err = process.communicate(timeout=10.0)
+        assert (process.returncode, out, err) == (130, b"", b"")
+
+
+def test_cli_ctrl_c_anywhere(cli: Cli, cli_server: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(_client: VLLMClient) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(VLLMClient, "models", interrupted)
+    assert cli("models", "--base-url", cli_server.url) == (130, "", "")
+
+
+def test_cli_a_reader_that_leaves_stops_the_server(cli_server: StandIn) -> None:
+    cli_server.pace = 0.02
+    argv = ("--base-url", cli_server.url, "complete", "Once upon a time", "--max-tokens", "200")
+    with cli_process(*argv) as process:
+        assert process.stdout
+        assert process.stderr
+        assert process.stdout.read(1) == b" "
+        process.stdout.close()
+        cli_server.aborted.get(timeout=10.0)
+        assert (process.wait(10.0), process.stderr.read()) == (0, b"")
+
+
+@pytest.mark.parametrize(
+    "argv", [pytest.param(["models"], id="at-the-end"), pytest.param(["complete", "What is 2+2?"], id="at-a-piece")]
+)
+def test_cli_a_reader_that_has_left(
+    cli: Cli, cli_server: StandIn, monkeypatch: pytest.MonkeyPatch, argv: list[str]
+) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w", encoding="utf-8") as pipe, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", pipe)
+        assert main([*argv, "--base-url", cli_server.url]) == 0
+
+
+# ---- Module: README ---------------------------------------------------------
+
+README: Final = CLI_MODULE.with_name("README.md")
+
+
+def _readme() -> str:
+    return README.read_text(encoding="utf-8")
+
+
+def _error_names() -> list[str]:
+    known = ((name, getattr(vllm_provider, name)) for name in vllm_provider.__all__)
+    return [name for name, value in known if isinstance(value, type) and issubclass(value, VLLMError)]
+
+
+def _rows(section: str) -> dict[str, list[str]]:
+    """Return the cells of each row of a section's table, by the name in its first cell."""
+    lines = _readme().split(f"\n## {section}\n")[1].split("\n## ")[0].splitlines()
+    rows = [[cell.strip() for cell in line[1:-1].split(" | ")] for line in lines if line.startswith("| `")]
+    return {row[0].strip("`"): row[1:] for row in rows}
+
+
+def _shown_default(spec: Any) -> str:
+    value = spec.metadata["default"]
+    special = {"base_url": "required", "stream_idle_timeout": "as `timeout`"}
+    text = f"{value:g}" if isinstance(value, float) else json.dumps(value) if isinstance(value, str) else str(value)
+    return special.get(spec.name, f"`{text}`")
+
+
+def test_readme_has_each_setting_with_its_default() -> None:
+    rows = _rows("Settings")
+    assert {name: row[0] for name, row in rows.items()} == {
+        spec.name: _shown_default(spec) for spec in fields(VLLMConfig)
+    }
+    env = {spec.name: spec.metadata["env"] and f"`{spec.metadata['env']}`" for spec in fields(VLLMConfig)}
+    assert {name: row[2] for name, row in rows.items()} == env
+    assert all(row[1] for row in rows.values())
+
+
+@pytest.mark.parametrize("name", _error_names())
+def test_readme_has_each_error_under_its_parent(name: str) -> None:
+    parents = [f"`{parent.__name__}`" for parent in getattr(vllm_provider, name).__bases__]
+    under, when, what_to_do = _rows("Errors")[name]
+    assert under.split(", ") == parents
+    assert when
+    assert what_to_do
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        pytest.param("pip install -e '.[test]' && python test_vllm_provider.py ", id="see-it-work"),
+        pytest.param("pip install -e '.[test]' && pytest ", id="run-the-tests"),
+    ],
+)
+def test_readme_has_the_set_up_commands(command: str) -> None:
+    assert f"\n{command}" in _readme()
+
+
+def test_readme_has_each_public_name() -> None:
+    words = set(re.findall(r"\w+", _readme()))
+    assert set(vllm_provider.__all__) - words == set()
+
+
+@pytest.mark.parametrize("command", ["complete", "chat", "models", "health"])
+def test_readme_has_each_option(cli: Cli, command: str) -> None:
+    options = set(re.findall(r"--[a-z][a-z-]+", cli(command, "--help")[1]))
+    assert options - set(re.findall(r"--[a-z][a-z-]+", _readme())) - {"--help"} == set()
+
+
+def _examples() -> list[str]:
+    blocks: list[str] = re.findall(r"```python\n(.*?)```", _readme(), re.DOTALL)
+    return [block for block in blocks if not block.startswith("# needs ")]
+
+
+def test_readme_examples_run(cli_clean: None, cli_server: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run README's Python from top to bottom, as a reader would paste it into one session."""
+    monkeypatch.setenv("VLLM_BASE_URL", cli_server.url)
+    names: dict[str, Any] = {"__name__": "__readme__"}
+    examples = _examples()
+    assert len(examples) > 5
+    for example in examples:
+        exec(compile(example.replace("http://localhost:8000", cli_server.url), "README.md", "exec"), names)
+
+
+# ---- Command line: live -----------------------------------------------------
+
+
+@pytest.fixture
+def cli_live_url(cli_clean: None) -> str:
+    return os.environ.get("VLLM_LIVE_URL") or pytest.skip("VLLM_LIVE_URL names no server")
+
+
+@pytest.mark.live
+def test_cli_live_completes(cli: Cli, cli_live_url: str) -> None:
+    argv = ("complete", "The capital of France is", "--logprobs", "2", "--temperature", "0", "--base-url", cli_live_url)
+    assert cli(*argv) == (0, " Paris.\n", "")
+    (choice,) = json.loads(cli(*argv, "--json")[1])["choices"]
+    assert choice["logprobs"][0]["logprob"] > math.log(0.9)
+    assert [len(token["top"]) for token in choice["logprobs"]] == [2] * len(choice["logprobs"])
+
+
+@pytest.mark.live
+@pytest.mark.parametrize("argv", [["chat"], ["complete", "--chat-template"]], ids=" ".join)
+def test_cli_live_answers(cli: Cli, cli_live_url: str, argv: list[str]) -> None:
+    code, out, err = cli(*argv, "What is 2+2?", "--temperature", "0", "--base-url", cli_live_url)
+    assert (code, out.strip(), err.strip()) == (0, "2 + 2 = 4", "Two plus two equals four.")
+
+
+@pytest.mark.live
+def test_cli_live_models_and_health(cli: Cli, cli_live_url: str) -> None:
+    assert cli("models", "--base-url", cli_live_url) == (0, "parrot\t2048 tokens\n", "")
+    assert cli("health", "--base-url", cli_live_url) == (0, f"{cli_live_url} is well\n", "")
+
+
+if __name__ == "__main__":
+    raise SystemExit(demo())
