@@ -3794,6 +3794,23 @@ def test_models_in_another_shape(web, payload):
     )
 
 
+def test_an_error_in_place_of_the_models_is_one(web):
+    web.get(f"{WEB}/v1/models", json={"error": {"message": "upstream is down", "code": 503}})
+    error = caught(web_client().models)
+    assert (type(error), error.status_code) == (ProviderUnavailableError, 503)
+
+
+def test_a_list_of_prompts_is_not_counted(web):
+    text = (
+        "This model's maximum context length is 2048 tokens. However, you requested 2000 output tokens and your prompt"
+        " contains at least 49 input tokens, for a total of at least 2049 tokens."
+    )
+    web.post(COMPLETIONS_URL, status=400, json={"error": {"message": text, "code": 400}})
+    error = caught(web_client().complete, ["a", "b"], max_tokens=2000)
+    assert (type(error), error.limit, error.input_tokens) == (ContextLengthError, 2048, 2048)
+    assert len(web.calls) == 1
+
+
 # ---- Stream decoder ---------------------------------------------------------
 
 U2028: Final = "\u2028\u2029\x85\x0b\x0c\x1c"
@@ -4149,6 +4166,12 @@ def test_harmony_holds_back_no_more_of_a_body_than_a_tag():
     for count, character in enumerate(raw, 1):
         shown += len(splitter.feed(character)[0])
         assert count - shown < len("<|endoftext|>")
+
+
+@pytest.mark.parametrize("cut", [None, 1])
+def test_harmony_leaves_a_text_without_any_markup_alone(cut):
+    pieces = ["2 + 2 = 4"] if cut is None else list("2 + 2 = 4")
+    assert split_by(_HarmonySplitter(), pieces) == ("2 + 2 = 4", "", [])
 
 
 # ---- A real server ----------------------------------------------------------
@@ -5525,6 +5548,27 @@ def test_ctrl_c_stops_the_server(server, connect, kind, step):
         process.kill()
 
 
+def test_stop_of_a_question_on_the_side_ends_the_call(server, connect):
+    server.script(reply(404, {"error": {"message": "The model `x` does not exist.", "code": 404}}), stall())
+    client = connect(server, default_model=None)
+    client._served_model = "x"
+    stream = client.stream_complete("x")
+    thread = InThread(list, stream)
+    while len(server.requests) < 2:
+        time.sleep(0.001)
+    stream.cancel()
+    assert type(thread.outcome()) is AbortError
+    assert [request.path for request in server.requests] == ["/v1/completions", "/v1/models"]
+
+
+def test_a_client_of_another_process_opens_connections_of_its_own(server, connect, monkeypatch):
+    client = connect(server)
+    client.complete("x")
+    monkeypatch.setattr("os.getpid", lambda: -1)
+    client.complete("x")
+    assert [request.connection for request in server.requests] == [1, 2]
+
+
 # ---- Transport: TLS ---------------------------------------------------------
 
 
@@ -5806,6 +5850,16 @@ def test_what_may_have_started_is_not_sent_again(server, connect, pauses, step):
     error = error_of(list, connect(server).stream_complete("x"))
     assert isinstance(error, NetworkError | StreamError | ProtocolError)
     assert (len(server.requests), pauses) == (1, [])
+
+
+@pytest.mark.parametrize(
+    "step", [pytest.param(Connection.close, id="closed"), pytest.param(Connection.reset, id="reset")]
+)
+def test_what_may_have_started_is_not_sent_again_under_tls(tls_server, tls_files, connect, pauses, step):
+    """A new connection is made before the request there, and must not pass for a used one."""
+    tls_server.script(step)
+    assert type(error_of(connect(tls_server, verify=tls_files[0]).complete, "x")) is NetworkError
+    assert (len(tls_server.requests), pauses) == (1, [])
 
 
 # ---- Transport: connections -------------------------------------------------
@@ -7223,6 +7277,16 @@ async def test_amp_what_vllm_does_not_stream_is_not_streamed(config: Any, keywor
     assert "llm:stream_block_delta" in host.names()
 
 
+@pytest.mark.asyncio
+@pytest.mark.parametrize("named", [True, False], ids=["as-vllm-has-it", "bare"])
+async def test_amp_tools_may_be_dicts(named: bool, amp_server: StandIn) -> None:
+    function = {"name": "get_weather", "parameters": {"type": "object", "properties": {}}}
+    tool = {"type": "function", "function": function} if named else function
+    host = await amp_mount(amp_server)
+    await host.provider.complete(amp_ask("Hello"), tools=[tool])
+    assert amp_bodies(amp_server)[0]["tools"] == [{"type": "function", "function": function}]
+
+
 # ---- Amplifier: options carried through a session ---------------------------
 
 
@@ -7894,6 +7958,15 @@ async def test_amp_slow_hook_merges_deltas_and_never_slows_the_server(amp_server
     texts = [payload["text"] for payload in host.payloads("llm:stream_block_delta")]
     assert "".join(texts) == response.text == "first " + text * 256
     assert 2 <= len(texts) <= 3  # what had come, then what came meanwhile
+
+
+@pytest.mark.asyncio
+async def test_amp_failure_without_stream_events(amp_server: StandIn) -> None:
+    amp_server.script(reply(400, {"error": {"message": "no", "code": 400}}), path="/completions")
+    host = await amp_mount(amp_server, use_streaming=False, use_completions=False)
+    with pytest.raises(llm_errors.InvalidRequestError):
+        await host.provider.complete(amp_ask("Hello"))
+    assert host.names() == ["llm:request", "llm:response"]
 
 
 # ---- Amplifier: debug events ------------------------------------------------
@@ -8879,6 +8952,16 @@ async def test_amp_rendering_counts_towards_the_timeout(amp_server: StandIn) -> 
     await amp_is_quiet(amp_server, gone=1)
 
 
+@pytest.mark.asyncio
+async def test_amp_echo_is_not_split(amp_server: StandIn) -> None:
+    """The prompt's own markup stands before the answer's."""
+    host = await amp_mount(amp_server)
+    with request_options(echo=True) as calls:
+        await host.provider.complete(amp_ask("What is 2+2?"))
+    assert calls[0].reasoning == ""
+    assert calls[0].text.endswith("<think>\nTwo plus two equals four.\n</think>\n\n2 + 2 = 4")
+
+
 # ---- Amplifier: against a real server ---------------------------------------
 
 
@@ -9649,6 +9732,12 @@ def test_cli_a_full_disk_fails_the_process(cli_server: StandIn) -> None:
     with open("/dev/full", "wb") as full:
         code, _, err = cli_output("--base-url", cli_server.url, "models", stdout=full)
     assert (code, err.count("\n"), os.strerror(errno.ENOSPC) in err) == (1, 1, True)
+
+
+def test_cli_writes_to_whatever_stands_in_for_stdout(cli_clean: None, cli_server: StandIn) -> None:
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        assert main(["--base-url", cli_server.url, "models"]) == 0
+    assert out.getvalue() == "parrot\t2048 tokens\n"
 
 
 # ---- Command line: stopped --------------------------------------------------

@@ -1217,11 +1217,17 @@ def _quoted(text: str) -> str:
     return repr(text[:MAX_QUOTED_CHARS] + "…" if len(text) > MAX_QUOTED_CHARS else text)
 
 
+def _new_text() -> io.StringIO:
+    text = io.StringIO()
+    text.readline()  # from here on it holds characters; Python 3.11 would collect 100,000 pieces first
+    return text
+
+
 class _CallSoFar:
     """A tool call while it grows."""
 
     def __init__(self, call_id: str, name: str) -> None:
-        self.id, self.name, self.arguments = call_id, name, io.StringIO()
+        self.id, self.name, self.arguments = call_id, name, _new_text()
 
 
 class _ChoiceSoFar:
@@ -1229,9 +1235,7 @@ class _ChoiceSoFar:
 
     def __init__(self, splitter: "_ThinkSplitter | _HarmonySplitter | None" = None) -> None:
         self.splitter = splitter
-        self.text, self.reasoning = io.StringIO(), io.StringIO()
-        self.text.readline()  # from here on it holds characters; Python 3.11 would collect 100,000 pieces first
-        self.reasoning.readline()
+        self.text, self.reasoning = _new_text(), _new_text()
         self.calls: list[_CallSoFar] = []
         self.current: dict[int, _CallSoFar] = {}  # by the index the server gives
         self.logprobs: list[TokenLogprob] = []
@@ -2027,19 +2031,18 @@ class VLLMClient:
         """Return the open reply to a generation. Names the model, and lowers a max_tokens that does not fit."""
         if "model" not in body and (model := self._model(call)):
             body = {"model": model, **body}
-        level = logging.WARNING
-        for lowerings_left in reversed(range(MAX_LOWERINGS + 1)):
+        lowerings = 0
+        while True:
             try:
                 return self._request(call, "POST", path, body)
             except NotFoundError as error:
                 body = self._renamed(call, body, error)
             except StatusError as error:
                 fit = self._find_fit(call, body, error)
-                if fit is None or (not lowerings_left and not fit.is_overflow()):
+                if fit is None or (lowerings == MAX_LOWERINGS and not fit.is_overflow()):
                     raise
-                body = self._lowered(path, body, fit, error, level)
-                level = logging.DEBUG
-        return self._request(call, "POST", path, body)
+                body = self._lowered(path, body, fit, error, logging.DEBUG if lowerings else logging.WARNING)
+                lowerings += 1
 
     def _find_fit(self, call: _Call, body: Mapping[str, Any], error: StatusError) -> _Fit | None:
         """Return what the error says about lengths; what it leaves out, the server is asked for."""
