@@ -7957,7 +7957,7 @@ async def test_amp_slow_hook_merges_deltas_and_never_slows_the_server(amp_server
     assert has_sent.is_set()
     texts = [payload["text"] for payload in host.payloads("llm:stream_block_delta")]
     assert "".join(texts) == response.text == "first " + text * 256
-    assert 2 <= len(texts) <= 3  # what had come, then what came meanwhile
+    assert 2 <= len(texts) < 20  # what had come, then what came meanwhile: not the 257 pieces one by one
 
 
 @pytest.mark.asyncio

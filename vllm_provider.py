@@ -2280,9 +2280,8 @@ async def mount(coordinator: Any, config: Mapping[str, Any] | None = None) -> Ca
     provider = VLLMProvider(config=VLLMConfig.from_mapping(config or {}), coordinator=coordinator)
     _widen_executor(provider.config.max_concurrency)
     await coordinator.mount("providers", provider, name="vllm")
-    register = getattr(coordinator, "register_contributor", None)
-    if register is not None:  # without it the session's log does not subscribe to our events
-        register("observability.events", "vllm", lambda: list(_EVENTS))
+    if hasattr(coordinator, "register_contributor"):  # the session's log subscribes to these and no others
+        coordinator.register_contributor("observability.events", "vllm", lambda: list(_EVENTS))
     return provider.close
 
 
@@ -2473,70 +2472,56 @@ class VLLMProvider:
         return getattr(cancellation, "is_immediate", False) is True
 
     async def _complete(self, request: Any, options: Mapping[str, Any]) -> Any:
-        started, retries = time.monotonic(), [0]
-        params = _to_params(request, options)
-        messages, repairs = _repair(_to_wire_messages(request.messages))
-        request_id = str(params.get("request_id") or uuid.uuid4())
-        base = {"provider": "vllm", "model": params.get("model") or self.default_model, "request_id": request_id}
+        turn = _Turn(self.config, request, options)
         result: dict[str, Any] = {"status": "error", "finish_reason": None, **_to_usage_payload(None)}
-        metadata = options.get("metadata") or request.metadata or {}
-        wants_events = self.config.use_streaming and metadata.get("stream") is not False
         try:
-            ends = await self._begin(base, messages, params, repairs, started)
-            reply, response = await self._try(messages, params, base, retries, ends, wants_events)
+            await self._begin(turn)
+            reply, response = await self._try(turn)
             result |= {"status": "ok", "finish_reason": response.finish_reason, **_to_usage_payload(reply.usage)}
             if self._is_debugged:
-                await self._emit_debug("response", base, reply, result)
+                await self._emit_debug("response", turn, reply, result)
             return response
         except BaseException as error:
-            result |= self._to_failure(error)
+            is_session = not isinstance(error, Exception) and self._is_cancelled()
+            kind = AbortError if is_session else type(error)
+            result |= {"error": str(error) or "cancelled", "error_type": kind.__name__}
             if isinstance(error, VLLMError):
-                raise self._to_kernel_error(error, base["model"]) from error
+                raise self._to_kernel_error(error, turn.model) from error
             raise
         finally:
-            elapsed = {"duration_ms": int((time.monotonic() - started) * 1000), "retries": retries[0]}
-            await self._emit("llm:response", {**base, **elapsed, **result})
+            elapsed = {"duration_ms": int((time.monotonic() - turn.started) * 1000), "retries": turn.retries}
+            await self._emit("llm:response", {**turn.names(), **elapsed, **result})
 
-    async def _begin(
-        self, base: dict[str, Any], messages: Any, params: Mapping[str, Any], repairs: Any, started: float
-    ) -> float:
-        """Name the model, emit what precedes a call, learn the model's limits; return when the deadline is."""
+    async def _begin(self, turn: "_Turn") -> None:
+        """Name the model, emit what precedes a call, and learn the model's limits at the first one."""
         try:
-            ends = started + _limits(self.config, params).deadline
-            if base["model"] is None and self.client._served_model is None:
-                await self._discover(ends - time.monotonic())
+            turn.deadline = _limits(self.config, turn.params).deadline
+            if turn.model is None and self.client._served_model is None:
+                await self._discover(turn.left_s())
         finally:
-            base["model"] = base["model"] or self.client._served_model or "unknown"
-            await self._announce(base, messages, params, repairs)
-        if not (self.client._cards or self._is_unlisted) and self._limits(base["model"]) is None:
-            await self._discover(ends - time.monotonic())
-        return ends
+            turn.model = turn.model or self.client._served_model or "unknown"
+            await self._announce(turn)
+        if not (self.client._cards or self._is_unlisted) and self._limits(turn.model) is None:
+            await self._discover(turn.left_s())
 
-    def _to_failure(self, error: BaseException) -> dict[str, Any]:
-        is_session = not isinstance(error, Exception) and self._is_cancelled()
-        kind = AbortError if is_session else type(error)
-        return {"error": str(error) or "cancelled", "error_type": kind.__name__}
-
-    async def _announce(
-        self, base: dict[str, Any], messages: list[dict[str, Any]], params: Mapping[str, Any], repairs: Any
-    ) -> None:
+    async def _announce(self, turn: "_Turn") -> None:
         """Emit what precedes a call. In completions mode the body shown is the one before it is rendered."""
-        new = [repair for repair in repairs if repair["tool_call_id"] not in self._repaired]
+        new = [repair for repair in turn.repairs if repair["tool_call_id"] not in self._repaired]
         self._repaired.update(repair["tool_call_id"] for repair in new)
         if new:
             told = {"provider": "vllm", "repair_count": len(new), "repairs": new}
             await self._emit("provider:tool_sequence_repaired", told)
-        event = {**base, "message_count": len(messages)}
+        event = {**turn.names(), "message_count": len(turn.messages)}
         if self._is_debugged:
             with suppress(ConfigurationError):  # raised again where the call is made
-                body = build_chat_request(self.config, messages, **params)
-                await self._emit_debug("request", base, _to_stream(body), event)
+                body = build_chat_request(self.config, turn.messages, **turn.params)
+                await self._emit_debug("request", turn, _to_stream(body), event)
         await self._emit("llm:request", event)
 
-    async def _emit_debug(self, what: str, base: Mapping[str, Any], value: Any, event: dict[str, Any]) -> None:
+    async def _emit_debug(self, what: str, turn: "_Turn", value: Any, event: dict[str, Any]) -> None:
         """Emit the debug events that are switched on; with `raw`, add the value to the event that comes anyway."""
         raw = _to_json(value, {"token": "token_text"})  # a hook of Amplifier's blanks what is called "token"
-        told = {"provider": "vllm", "request_id": base["request_id"]}
+        told = {"provider": "vllm", "request_id": turn.request_id}
         if self.config.raw:
             event["raw"] = raw
         if self.config.debug:
@@ -2544,45 +2529,42 @@ class VLLMProvider:
         if self.config.raw_debug:
             await self._emit(f"llm:{what}:raw", {**told, what: raw})
 
-    async def _try(
-        self,
-        messages: Any,
-        params: Mapping[str, Any],
-        base: Mapping[str, Any],
-        retries: list[int],
-        ends: float,
-        wants_events: bool,
-    ) -> tuple[Completion, Any]:
+    async def _try(self, turn: "_Turn") -> tuple[Completion, Any]:
         """Return the answer of the first attempt that succeeds, as ours and as the kernel's; announce each retry."""
         import asyncio
 
         while True:
-            blocks = _Blocks(self._emit, base["request_id"]) if wants_events else None
-            left = {"deadline": max(ends - time.monotonic(), 0.001)}
-            stream = self._start(messages, {**params, **left}, base["request_id"], retries[0])
+            blocks = _Blocks(self._emit, turn.request_id) if turn.wants_events else None
+            stream = self._start(turn)
             try:
                 async with self._place():
                     await self._follow(stream, blocks)
                 reply = stream.completion
                 for calls in _OPTIONS.get()[1]:
                     calls.append(reply)
-                return reply, _to_response(reply, stream._reply.degradation, params)
-            except BaseException as error:
+                return reply, _to_response(reply, stream._reply.degradation, turn.params)
+            except BaseException as error:  # noqa: BLE001  # raised again there, unless there is another attempt
                 if blocks:
                     await blocks.abort(error)
-                wait = getattr(error, "retry_after", None) or 0.0
-                delay = _backoff_s(retries[0] + 1, self.config.max_retry_delay, wait)
-                is_last = retries[0] >= self.config.max_retries or wait > self.config.max_retry_delay
-                if is_last or not (isinstance(error, VLLMError) and error.retryable):
-                    raise
-                if time.monotonic() + delay >= ends:
-                    raise _no_time_left(error, _limits(self.config, params).deadline) from error
+                delay = self._find_pause(turn, error)
                 failure = error
-            retries[0] += 1
-            told = {"provider": "vllm", "request_id": base["request_id"], "attempt": retries[0], "delay": delay}
+            told = {"provider": "vllm", "request_id": turn.request_id, "attempt": turn.retries, "delay": delay}
             told |= {"max_retries": self.config.max_retries, "error_type": type(failure).__name__}
             await self._emit("provider:retry", {**told, "error_message": str(failure)})
             await asyncio.sleep(delay)
+
+    def _find_pause(self, turn: "_Turn", error: BaseException) -> float:
+        """Return the seconds to wait before another attempt; raise the error if there is to be none."""
+        if not isinstance(error, VLLMError) or not error.retryable or turn.retries >= self.config.max_retries:
+            raise error
+        wait = error.retry_after or 0.0
+        delay = _backoff_s(turn.retries + 1, self.config.max_retry_delay, wait)
+        if wait > self.config.max_retry_delay:
+            raise error
+        if delay >= turn.left_s():
+            raise _no_time_left(error, turn.deadline) from error
+        turn.retries += 1
+        return delay
 
     async def _follow(self, stream: Stream, blocks: "_Blocks | None") -> None:
         """Read the stream to its end in a thread, and show its deltas."""
@@ -2604,13 +2586,14 @@ class VLLMProvider:
             reading.cancel()
             raise
 
-    def _start(self, messages: Any, params: Mapping[str, Any], request_id: str, attempt: int) -> Stream:
+    def _start(self, turn: "_Turn") -> Stream:
         """Return the Stream of one attempt; nothing is sent before it is read."""
         prompt_format = self.config.prompt_format if self.config.use_completions else None
-        stream = self.client._stream(build_chat_request, messages, params, None, prompt_format)
+        params = {**turn.params, "deadline": max(turn.left_s(), 0.001)}
+        stream = self.client._stream(build_chat_request, turn.messages, params, None, prompt_format)
         if not stream._call.keeps_id:
-            stream._call.request_id = stream._reply.request_id = request_id
-        stream._call.attempt = attempt
+            stream._call.request_id = stream._reply.request_id = turn.request_id
+        stream._call.attempt = turn.retries
         return stream
 
     def _place(self) -> Any:
@@ -2643,6 +2626,25 @@ class VLLMProvider:
         else:
             options["retry_after"] = error.retry_after
         return kind(str(error), retryable=error.retryable, **options)
+
+
+class _Turn:
+    """One complete(), over all its attempts."""
+
+    def __init__(self, config: VLLMConfig, request: Any, options: Mapping[str, Any]) -> None:
+        self.started, self.deadline, self.retries = time.monotonic(), math.inf, 0
+        self.params = _to_params(request, options)
+        self.messages, self.repairs = _repair(_to_wire_messages(request.messages))
+        self.request_id = str(self.params.get("request_id") or uuid.uuid4())
+        self.model: str | None = self.params.get("model") or config.default_model
+        metadata = options.get("metadata") or request.metadata or {}
+        self.wants_events = config.use_streaming and metadata.get("stream") is not False
+
+    def names(self) -> dict[str, Any]:
+        return {"provider": "vllm", "model": self.model, "request_id": self.request_id}
+
+    def left_s(self) -> float:
+        return self.started + self.deadline - time.monotonic()
 
 
 class _Relay:
