@@ -9740,6 +9740,15 @@ def test_cli_writes_to_whatever_stands_in_for_stdout(cli_clean: None, cli_server
     assert out.getvalue() == "parrot\t2048 tokens\n"
 
 
+def test_cli_says_nothing_of_retries() -> None:
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{unused.getsockname()[1]}"
+        code, out, err = cli_output("--base-url", url, "models")
+    assert (code, out, err.count("\n")) == (1, "", 1)
+    assert err.startswith(f"vllm-provider: no connection to {url}: connection refused")
+
+
 # ---- Command line: stopped --------------------------------------------------
 
 

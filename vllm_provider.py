@@ -2910,6 +2910,8 @@ def _truncated(value: Any, length: int) -> Any:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return 0 when done, 1 when it failed, 2 when misused, 130 when interrupted."""
     options = _read_arguments(argv)
+    if not logger.handlers:
+        logger.addHandler(logging.NullHandler())  # an error is one line: the retries before it are for the log
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a terminal that lacks a character still shows the others
