@@ -2534,7 +2534,7 @@ def test_error_in_a_reply_with_status_200(web, parse, payload, kind, status, wor
 def test_overflow_in_a_reply_with_status_200():
     error = caught(parse_chat_response, error_032(OVERFLOW_032))
     assert (type(error), error.limit, error.input_tokens) == (ContextLengthError, 2048, 2049)
-    assert str(error) == "the prompt does not fit: 2049 tokens for a context of 2048: in the reply; shorten it"
+    assert str(error) == "the prompt does not fit: at least 2049 tokens for a context of 2048: in the reply; shorten it"
 
 
 # ---- Replies: captured streams ----------------------------------------------
@@ -2915,6 +2915,22 @@ def test_captured_error_in_a_stream(web):
     )
 
 
+def test_ids_asked_for_beside_the_likeliest_are_all_kept(web):
+    top = {" Paris": -0.1, "#": -14.25, "$": -16.5}
+    logprobs = {"tokens": [" Paris"], "token_logprobs": [-0.1], "top_logprobs": [top], "text_offset": [0]}
+    choice = {"index": 0, "text": " Paris", "logprobs": logprobs, "finish_reason": "length"}
+    web.post(COMPLETIONS_URL, json={"id": "a", "choices": [choice]})
+    reply = web_client().complete("x", logprobs=0, logprob_token_ids=[5, 6])
+    assert [(other.token, other.logprob) for other in reply.logprobs[0].top] == list(top.items())
+
+
+def test_echoed_tokens_have_their_ids():
+    logprobs = {"tokens": ["The", " end", "."], "token_logprobs": [None, -1.0, -2.0]}
+    ids = {"prompt_token_ids": [7, 8], "token_ids": [9]}
+    reply = parse_completion_response({"choices": [{"index": 0, "text": "The end.", "logprobs": logprobs, **ids}]})
+    assert [token.token_id for token in reply.logprobs] == [7, 8, 9]
+
+
 # ---- Replies: HTTP errors ---------------------------------------------------
 
 OVERFLOW_032: Final = (
@@ -3220,6 +3236,31 @@ def test_an_encoding_that_was_not_asked_for(web, encoding):
     assert web.calls[0].request.headers["Accept-Encoding"] == "identity"
 
 
+def test_a_validation_error_does_not_quote_the_prompt(web):
+    message = "5 validation errors: {'type': 'int_type', 'msg': 'Input should be…', 'input': 'MY SECRET PROMPT'}"
+    web.post(COMPLETIONS_URL, status=400, json={"error": {"message": message, "code": 400}})
+    error = caught(web_client().complete, "MY SECRET PROMPT")
+    assert "SECRET" not in str(error)
+    assert "Input should be" in str(error)
+    assert error.server_message == message
+
+
+@pytest.mark.parametrize(
+    ("message", "advice"),
+    [
+        pytest.param("Cannot apply chat template to an empty conversation.", "", id="there-is-a-template"),
+        pytest.param(
+            "Chat template is passed with request, but --trust-request-chat-template is not set.",
+            "; start vLLM with that flag, or send no chat_template",
+            id="not-trusted",
+        ),
+    ],
+)
+def test_a_word_about_chat_templates_is_not_always_that_there_is_none(web, message, advice):
+    web.post(CHAT_URL, status=400, json={"error": {"message": message, "code": 400}})
+    assert str(caught(web_client().chat, "x")) == f"400 {message!r}: POST {CHAT_URL}{advice}"
+
+
 # ---- Replies: what requests raises ------------------------------------------
 
 REQUESTS_ERRORS: Final = sorted(
@@ -3402,8 +3443,9 @@ OVERFLOWS: Final = [
 ]
 
 
-def overflow_words(limit, count, where):
-    count = "its tokens are too many" if count is None else f"{count} tokens"
+def overflow_words(limit, count, where, message=""):
+    at_least = "at least " if re.search(r"at least \d+ input tokens", message) else ""
+    count = "its tokens are too many" if count is None else f"{at_least}{count} tokens"
     return f"the prompt does not fit: {count} for a context of {limit}: {where}; shorten it"
 
 
@@ -3426,7 +3468,7 @@ def test_a_prompt_that_does_not_fit(web, how, message, max_tokens, lengths):
         lengths = (None, None)  # vLLM tells these before it streams; a gateway's stream is not worth a question
     assert type(error) is ContextLengthError
     assert (error.limit, error.input_tokens) == lengths
-    assert str(error) == overflow_words(lengths[0] or "unknown size", lengths[1], f"POST {CHAT_URL}")
+    assert str(error) == overflow_words(lengths[0] or "unknown size", lengths[1], f"POST {CHAT_URL}", message)
     assert (error.status_code, error.retryable, error.server_message) == (400, False, message)
     assert len(sent_bodies(web, CHAT_URL)) == 1
 
@@ -3807,8 +3849,21 @@ def test_a_list_of_prompts_is_not_counted(web):
     )
     web.post(COMPLETIONS_URL, status=400, json={"error": {"message": text, "code": 400}})
     error = caught(web_client().complete, ["a", "b"], max_tokens=2000)
-    assert (type(error), error.limit, error.input_tokens) == (ContextLengthError, 2048, 2048)
+    assert (type(error), error.limit, error.input_tokens) == (ContextLengthError, 2048, None)
     assert len(web.calls) == 1
+
+
+def test_detokenize_asks_for_the_models_name_once_more(web):
+    web.get(f"{WEB}/v1/models", json={"data": [{"id": "old"}]})
+    client = web_client(default_model=None)
+    web.post(f"{WEB}/detokenize", json={"prompt": "a"})
+    assert client.detokenize([1]) == "a"
+    web.replace(responses.GET, f"{WEB}/v1/models", json={"data": [{"id": "new"}]})
+    words = {"error": {"message": "The model `old` does not exist.", "code": 404}}
+    web.replace(responses.POST, f"{WEB}/detokenize", status=404, json=words)
+    web.post(f"{WEB}/detokenize", json={"prompt": "b"})
+    assert client.detokenize([1]) == "b"
+    assert [body["model"] for body in sent_bodies(web, f"{WEB}/detokenize")] == ["old", "old", "new"]
 
 
 # ---- Stream decoder ---------------------------------------------------------
@@ -7287,6 +7342,23 @@ async def test_amp_tools_may_be_dicts(named: bool, amp_server: StandIn) -> None:
     assert amp_bodies(amp_server)[0]["tools"] == [{"type": "function", "function": function}]
 
 
+@pytest.mark.asyncio
+async def test_amp_either_name_of_max_tokens_replaces_the_other(amp_server: StandIn) -> None:
+    host = await amp_mount(amp_server, use_completions=False)
+    with request_options(max_completion_tokens=5):
+        await host.provider.complete(amp_ask("Hello"), max_tokens=2)
+    (body,) = amp_bodies(amp_server)
+    assert (body["max_tokens"], "max_completion_tokens" in body) == (2, False)
+
+
+@pytest.mark.asyncio
+async def test_amp_reasoning_that_is_not_wanted_is_for_the_server_to_leave_out(amp_server: StandIn) -> None:
+    host = await amp_mount(amp_server)
+    response = await host.provider.complete(amp_ask("Hello"), include_reasoning=False)
+    assert response.degradation.reason == "include_reasoning"
+    assert amp_bodies(amp_server)[0]["include_reasoning"] is False
+
+
 # ---- Amplifier: options carried through a session ---------------------------
 
 
@@ -8205,6 +8277,25 @@ def test_amp_every_error_of_ours_has_one_of_the_kernels() -> None:
     ours = {kind.__name__: kind for kind in subclasses(vllm_provider.VLLMError)}
     assert set(ours) - set(dir(llm_errors)) == {"ProtocolError", "StatusError"}
     assert not any(issubclass(kind, OSError) for kind in ours.values())
+
+
+@pytest.mark.asyncio
+async def test_amp_server_that_is_down_is_warned_of_once(caplog: pytest.LogCaptureFixture) -> None:
+    provider = VLLMProvider("http://127.0.0.1:1", config={"max_retries": 0})
+    for _ in range(2):
+        with pytest.raises(llm_errors.NetworkError):
+            await provider.complete(amp_ask("Hello"))
+    warnings = [record for record in caplog.records if "limits of the models" in record.getMessage()]
+    assert [record.levelname for record in warnings] == ["WARNING"]
+
+
+@pytest.mark.asyncio
+async def test_amp_deadline_is_told_as_it_was_given(amp_server: StandIn) -> None:
+    amp_server.script(stall(), path="/completions")
+    host = await amp_mount(amp_server, use_completions=False)
+    with pytest.raises(llm_errors.LLMTimeoutError) as caught:
+        await host.provider.complete(amp_ask("Hello"), deadline=0.25)
+    assert str(caught.value).startswith("deadline of 0.25 s reached: ")
 
 
 # ---- Amplifier: cancellation ------------------------------------------------
@@ -9381,8 +9472,11 @@ CLI_PARIS: Final = ["complete", "The capital of France is", "--logprobs", "2"]
             id="whole-reply-whose-tokens-join-to-its-text",
         ),
         pytest.param(
-            [*CLI_PARIS, "--no-stream"], {}, " Paris.\n", id="plain-where-tokens-and-text-differ"
-        ),  # the end token is among them
+            [*CLI_PARIS, "--no-stream"],
+            {},
+            _coloured(" Paris", " the") + _coloured(".", " the") + "\n",
+            id="whole-reply-whose-end-token-has-no-text",
+        ),
     ],
 )
 def test_cli_logprobs_on_a_terminal(
@@ -9403,7 +9497,7 @@ def test_cli_logprobs_on_a_terminal(
         pytest.param(math.log(0.4001), _coloured(" a", colour=33), id="yellow-from-0.4"),
         pytest.param(math.log(0.3999), _coloured(" a", colour=31), id="red-below"),
         pytest.param(-9999.0, _coloured(" a", colour=31), id="impossible"),
-        pytest.param(None, _coloured(" a", colour=31), id="unknown"),
+        pytest.param(None, " a", id="unknown"),
     ],
 )
 def test_cli_colour_follows_the_probability(
@@ -9451,6 +9545,46 @@ def test_cli_an_error_begins_a_line_of_its_own(
     with cli_terminal(monkeypatch, "stdout", "stderr") as text:
         assert main(["chat", "x", "--model", MODEL, "--base-url", cli_server.url]) == 1
         assert text().startswith(f"{begun}vllm-provider: the stream ended without [DONE]: ")
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        pytest.param("ab", "a(0.50)b(0.25)\n", id="the-end-token-has-no-text"),
+        pytest.param("xy", "xy\n", id="tokens-that-do-not-join"),
+    ],
+)
+def test_cli_whole_reply_on_a_terminal(
+    cli_clean: None, cli_server: StandIn, monkeypatch: pytest.MonkeyPatch, text: str, shown: str
+) -> None:
+    values = [math.log(0.5), math.log(0.25), -0.1]
+    logprobs = {"tokens": ["a", "b", "<|end|>"], "token_logprobs": values, "top_logprobs": [{}, {}, {}]}
+    choice = {"index": 0, "text": text, "logprobs": logprobs, "finish_reason": "stop"}
+    cli_server.script(reply(200, {"id": "a", "choices": [choice]}), path="/completions")
+    monkeypatch.setenv("NO_COLOR", "1")
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        monkeypatch.setattr(out, "isatty", lambda: True, raising=False)
+        main(["--base-url", cli_server.url, "--model", "m", "complete", "x", "--logprobs", "0", "--no-stream"])
+    assert out.getvalue() == shown
+
+
+def test_cli_unknown_probability_is_not_shown_as_none_at_all(
+    cli_clean: None, cli_server: StandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logprobs = {"tokens": ["a", "b"], "token_logprobs": [None, 0.0], "top_logprobs": [None, {}]}
+    choice = {"index": 0, "text": "ab", "logprobs": logprobs, "finish_reason": "length"}
+    cli_server.script(reply(200, {"id": "a", "choices": [choice]}), path="/completions")
+    monkeypatch.setenv("NO_COLOR", "1")
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        monkeypatch.setattr(out, "isatty", lambda: True, raising=False)
+        main(["--base-url", cli_server.url, "--model", "m", "complete", "x", "--logprobs", "0", "--no-stream"])
+    assert out.getvalue() == "ab(1.00)\n"
+
+
+def test_cli_stdin_with_half_characters(cli: Cli, cli_server: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9"), "utf-8", errors="surrogateescape"))
+    code, out, err = cli("--base-url", cli_server.url, "complete")
+    assert (code, out, err) == (2, "", "vllm-provider: standard input is not utf-8 text\n")
 
 
 # ---- Command line: misuse and failures --------------------------------------

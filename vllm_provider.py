@@ -723,7 +723,7 @@ class _Call:
         self.request_id = request_id or str(uuid.uuid4())
         self.keeps_id = request_id is not None
         self.attempt = self.process = 0
-        self.started = self.ends = self.expires = math.inf
+        self.started = self.ends = self.expires = self.must_end = math.inf
         self.ended: float | None = None
         self.first_token_s: float | None = None
         self.limit = "timeout"
@@ -736,7 +736,7 @@ class _Call:
     def begin(self) -> None:
         self.process = os.getpid()
         self.started = time.monotonic()
-        self.ends = self.started + self.limits.deadline
+        self.ends = min(self.started + self.limits.deadline, self.must_end)
 
     def begin_attempt(self, path: str) -> None:
         self.check()
@@ -1269,7 +1269,8 @@ class _Reply:
     def __init__(self, body: Mapping[str, Any] | None = None, request_id: str = "") -> None:
         self.body, self.where, self.request_id = body or {}, "in the reply", request_id
         asked = self.body.get("top_logprobs") if "messages" in self.body else self.body.get("logprobs")
-        self.top = asked if isinstance(asked, int) and asked >= 0 else None  # of each token, the alternatives wanted
+        is_counted = isinstance(asked, int) and asked >= 0 and not self.body.get("logprob_token_ids")
+        self.top = asked if is_counted else None  # of each token, the alternatives wanted
         asked = self.body.get("prompt_logprobs", self.top)
         self.prompt_top = asked if isinstance(asked, int) and asked >= 0 else None
         self.choices: dict[int, _ChoiceSoFar] = {}
@@ -1339,7 +1340,8 @@ class _Reply:
         """Return the log probabilities and the token ids of a choice."""
         ids = tuple(choice.get("token_ids") or ())
         logprobs = choice.get("logprobs")
-        tokens = tuple(_parse_logprobs(logprobs, ids, self.top)) if logprobs else ()
+        known = (*(choice.get("prompt_token_ids") or ()), *ids)
+        tokens = tuple(_parse_logprobs(logprobs, known, len(ids), self.top)) if logprobs else ()
         so_far.logprobs += tokens
         so_far.token_ids += ids
         if choice.get("prompt_logprobs") or choice.get("prompt_token_ids"):
@@ -1389,14 +1391,17 @@ def _parse_usage(usage: Mapping[str, Any]) -> Usage:
     return Usage(prompt, output, usage.get("total_tokens") or prompt + output, cached, reasoning)
 
 
-def _parse_logprobs(logprobs: Mapping[str, Any], ids: Sequence[int], top: int | None) -> Iterator[TokenLogprob]:
+def _parse_logprobs(
+    logprobs: Mapping[str, Any], ids: Sequence[int], generated: int, top: int | None
+) -> Iterator[TokenLogprob]:
     """Yield the tokens of either endpoint's `logprobs`.
 
-    `ids`: their token ids, where asked for. `top`: how many alternatives were asked for, None for all; completions add
-    the sampled token as one more.
+    `ids`: token ids of the prompt, which `echo` puts first, and of the `generated` tokens, where asked for. `top`: how
+    many alternatives were asked for, None for all; completions add the sampled token as one more.
     """
     entries = logprobs["content"] or () if "content" in logprobs else list(_to_chat_entries(logprobs))
-    known: Sequence[int | None] = ids if len(ids) == len(entries) else [None] * len(entries)
+    is_known = len(entries) in (len(ids), generated) and len(ids) > 0
+    known: Sequence[int | None] = ids[len(ids) - len(entries) :] if is_known else [None] * len(entries)
     for entry, token_id in zip(entries, known, strict=True):
         others = [_parse_entry(other) for other in entry.get("top_logprobs") or ()]
         yield _parse_entry(entry, token_id, _likeliest(others, top))
@@ -1571,6 +1576,8 @@ def _chat_only(body: Mapping[str, Any]) -> str | None:
     """Return why the chat endpoint alone is faithful to this conversation, None if it is not alone."""
     if body.get("tools"):
         return "tools"
+    if body.get("include_reasoning") is False:
+        return "include_reasoning"
     for message in body["messages"]:
         if message.get("tool_calls") or message.get("role") in ("tool", "function"):
             return "tool results in the history"
@@ -1640,7 +1647,11 @@ _ROOM: Final = r"max_tokens must be at least 1, got (-?\d+)"
 _NAN: Final = "Out of range float values are not JSON compliant"
 _ADVICE: Final = (
     ("tool-call-parser", "start vLLM with --enable-auto-tool-choice --tool-call-parser NAME, or send no tools"),
-    ("chat template", "this model has no chat template: use complete(), or start vLLM with --chat-template FILE"),
+    ("--trust-request-chat-template", "start vLLM with that flag, or send no chat_template"),
+    (
+        "must provide a chat template",
+        "this model has no chat template: use complete(), or start vLLM with --chat-template FILE",
+    ),
     ("EngineCore", "the engine has died: look at the server's log and start it again"),
     ("greater than max allowed", "ask for fewer, or start vLLM with --max-logprobs N"),
     (_NAN, "the model computed NaN: try without logprobs, or another --dtype"),
@@ -1695,7 +1706,8 @@ def _read_fit(message: str, body: Mapping[str, Any], model_limit: int | None = N
         tokens = None if limit is None else limit - int(room.group(1))
     elif said and limit is not None and "prompt" in body and "your request has" in message and not is_output:
         limit += SERVER_MAX_TOKENS if asked is None else asked  # completions of 0.10.1-0.15 print it less max_tokens
-    return _Fit(limit, tokens, "at least" in message and not room, is_output)
+    is_floor = bool(re.search(r"at least \d+ input tokens", message))
+    return _Fit(limit, tokens, is_floor, is_output)
 
 
 def _max_tokens_name(body: Mapping[str, Any]) -> str:
@@ -1762,9 +1774,9 @@ def _status_error(
     unknown = ProviderUnavailableError if status >= 500 or is_nan else StatusError
     kind = unknown if is_nan else _STATUS_ERRORS.get(status, unknown)
     advice = next((advice for text, advice in _ADVICE if text in message), _ADVICE_BY_STATUS.get(status, ""))
-    text = (
-        f"{status} {_quoted(message) if message.strip() else '(no message)'}: {where}{'; ' + advice if advice else ''}"
-    )
+    words, *inputs = message.split("'input':")  # after it a validation error quotes the request
+    told = _quoted(words + "…" * bool(inputs)) if message.strip() else "(no message)"
+    text = f"{status} {told}: {where}{'; ' + advice if advice else ''}"
     retry_after = _parse_retry_after(headers.get("Retry-After"))
     retryable = False if is_nan or status == 501 else None
     error = kind(text, status_code=status, retryable=retryable, retry_after=retry_after)
@@ -1773,7 +1785,8 @@ def _status_error(
 
 
 def _overflow_error(fit: _Fit, message: str, status: int | None, where: str) -> ContextLengthError:
-    tokens = "its tokens are too many" if fit.input_tokens is None else f"{fit.input_tokens} tokens"
+    count = f"{'at least ' * fit.is_floor}{fit.input_tokens} tokens"
+    tokens = "its tokens are too many" if fit.input_tokens is None else count
     text = f"the prompt does not fit: {tokens} for a context of {fit.limit or 'unknown size'}: {where}; shorten it"
     error = ContextLengthError(text, status_code=status)
     error.limit, error.input_tokens, error.server_message = fit.limit, fit.input_tokens, message
@@ -1865,8 +1878,7 @@ class VLLMClient:
     def detokenize(self, ids: Sequence[int]) -> str:
         """Return the text of token ids, special tokens included."""
         with self._call() as call:
-            body = {"model": self._model(call), "tokens": list(ids)}
-            return str(self._fetch(call, "POST", "/detokenize", body).get("prompt") or "")
+            return str(self._ask_tokenizer(call, "/detokenize", {"tokens": list(ids)}).get("prompt") or "")
 
     def health(self, wait: float = 0.0) -> None:
         """Return when the server is well, raise otherwise.
@@ -2004,13 +2016,13 @@ class VLLMClient:
 
     def _tail(self, call: _Call, ids: Sequence[int]) -> str:
         """Return the text of the last tokens, from a server that does not send it along."""
-        body = {"model": self._model(call), "tokens": list(ids[-8:])}
-        return str((self._ask(self._fetch, call, "POST", "/detokenize", body) or {}).get("prompt") or "")
+        told = self._ask(self._ask_tokenizer, call, "/detokenize", {"tokens": list(ids[-8:])}) or {}
+        return str(told.get("prompt") or "")
 
     def _why_not_rendered(self, error: VLLMError) -> str | None:
         """Return the reason not to render that is in an error of /tokenize; None if it is another matter."""
         words = getattr(error, "server_message", "")
-        if "chat template" in words:
+        if "must provide a chat template" in words:
             return NO_TEMPLATE
         if isinstance(error, ProtocolError) or (error.status_code in (403, 404, 405) and "does not exist" not in words):
             self._hidden = "/tokenize is hidden by a gateway"
@@ -2051,9 +2063,11 @@ class VLLMClient:
             return None
         if fit.limit is None:
             fit = _read_fit(error.server_message, body, self._ask(self._find_limit, call, body)) or fit
-        if fit.is_floor:
-            floor = fit.input_tokens if fit.is_overflow() else fit.limit
-            fit = fit._replace(input_tokens=self._ask(self._count_input, call, body) or floor, is_floor=False)
+        counted = self._ask(self._count_input, call, body) if fit.is_floor else None
+        if counted is not None:
+            fit = fit._replace(input_tokens=counted, is_floor=False)
+        elif fit.is_floor and not fit.is_overflow():
+            fit = fit._replace(input_tokens=None, is_output=False)  # nobody can say what fits
         return fit
 
     def _lowered(self, path: str, body: dict[str, Any], fit: _Fit, error: StatusError, level: int) -> dict[str, Any]:
@@ -2138,15 +2152,18 @@ class VLLMClient:
         names = ("model", "tools", "add_generation_prompt", "continue_final_message", "chat_template_kwargs")
         return len(self._tokenize(call, source, {name: body[name] for name in names if name in body})["tokens"])
 
+    def _ask_tokenizer(self, call: _Call, path: str, body: dict[str, Any]) -> dict[str, Any]:
+        if "model" not in body and (model := self._model(call)):
+            body = {"model": model, **body}
+        try:
+            return self._fetch(call, "POST", path, body)
+        except NotFoundError as error:
+            return self._fetch(call, "POST", path, self._renamed(call, body, error))
+
     def _tokenize(self, call: _Call, source: Any, options: Mapping[str, Any]) -> dict[str, Any]:
         """Return the reply of `/tokenize`: tokens, count, max_model_len."""
         body = {"prompt" if isinstance(source, str) else "messages": source, **options}
-        if "model" not in body and (model := self._model(call)):
-            body["model"] = model
-        try:
-            told = self._fetch(call, "POST", "/tokenize", body)
-        except NotFoundError as error:
-            told = self._fetch(call, "POST", "/tokenize", self._renamed(call, body, error))
+        told = self._ask_tokenizer(call, "/tokenize", body)
         if not isinstance(told.get("tokens"), list):
             raise ProtocolError(f"not what vLLM's tokenizer sends: POST {self.config.base_url}/tokenize")
         return told
@@ -2262,6 +2279,7 @@ __amplifier_module_type__ = "provider"
 CANCEL_POLL_S: Final = 0.1  # the kernel's session does not cancel the task that waits for us
 DISCOVERY_S: Final = 5.0
 SPARE_THREADS: Final = 512  # for the host, DNS and further providers; a thread starts only when none is idle
+MAX_TOKENS_NAMES: Final = ("max_tokens", "max_completion_tokens", "max_output_tokens")
 MISSING_RESULT: Final = "[SYSTEM ERROR: Tool result missing from conversation history] The call may have run or not."
 _EVENTS: Final = (
     "llm:request llm:response provider:retry provider:tool_sequence_repaired llm:stream_block_start"
@@ -2348,6 +2366,7 @@ class VLLMProvider:
         self.client = VLLMClient(replace(config, max_retries=0))  # retries are announced, so they are ours
         self._repaired: set[str] = set()
         self._has_warned = self._is_unlisted = False
+        self._discovery_level = logging.WARNING  # once
         self._is_debugged = config.debug or config.raw_debug or config.raw
         self._places: tuple[Any, Any] = (None, None)  # a loop and its semaphore
 
@@ -2443,7 +2462,8 @@ class VLLMProvider:
             self._is_unlisted = isinstance(error, StatusError | ProtocolError) and not error.retryable
             if self._is_unlisted:
                 self.client._served_model = self.client._served_model or ""
-            logger.warning("the limits of the models are unknown: %s", error)
+            logger.log(self._discovery_level, "the limits of the models are unknown: %s", error)
+            self._discovery_level = logging.DEBUG
 
     # One call.
 
@@ -2482,9 +2502,7 @@ class VLLMProvider:
                 await self._emit_debug("response", turn, reply, result)
             return response
         except BaseException as error:
-            is_session = not isinstance(error, Exception) and self._is_cancelled()
-            kind = AbortError if is_session else type(error)
-            result |= {"error": str(error) or "cancelled", "error_type": kind.__name__}
+            result |= {"error": str(error) or "cancelled", "error_type": type(self._told(error)).__name__}
             if isinstance(error, VLLMError):
                 raise self._to_kernel_error(error, turn.model) from error
             raise
@@ -2492,16 +2510,22 @@ class VLLMProvider:
             elapsed = {"duration_ms": int((time.monotonic() - turn.started) * 1000), "retries": turn.retries}
             await self._emit("llm:response", {**turn.names(), **elapsed, **result})
 
+    def _told(self, error: BaseException) -> BaseException:
+        """Return the error to tell of: a session's cancellation comes as the task's."""
+        is_session = not isinstance(error, Exception) and self._is_cancelled()
+        return AbortError("the session was cancelled") if is_session else error
+
     async def _begin(self, turn: "_Turn") -> None:
         """Name the model, emit what precedes a call, and learn the model's limits at the first one."""
+        is_asked = turn.model is None and self.client._served_model is None
         try:
             turn.deadline = _limits(self.config, turn.params).deadline
-            if turn.model is None and self.client._served_model is None:
+            if is_asked:
                 await self._discover(turn.left_s())
         finally:
             turn.model = turn.model or self.client._served_model or "unknown"
             await self._announce(turn)
-        if not (self.client._cards or self._is_unlisted) and self._limits(turn.model) is None:
+        if not (is_asked or self.client._cards or self._is_unlisted) and self._limits(turn.model) is None:
             await self._discover(turn.left_s())
 
     async def _announce(self, turn: "_Turn") -> None:
@@ -2545,7 +2569,7 @@ class VLLMProvider:
                 return reply, _to_response(reply, stream._reply.degradation, turn.params)
             except BaseException as error:  # noqa: BLE001  # raised again there, unless there is another attempt
                 if blocks:
-                    await blocks.abort(error)
+                    await blocks.abort(self._told(error))
                 delay = self._find_pause(turn, error)
                 failure = error
             told = {"provider": "vllm", "request_id": turn.request_id, "attempt": turn.retries, "delay": delay}
@@ -2589,8 +2613,8 @@ class VLLMProvider:
     def _start(self, turn: "_Turn") -> Stream:
         """Return the Stream of one attempt; nothing is sent before it is read."""
         prompt_format = self.config.prompt_format if self.config.use_completions else None
-        params = {**turn.params, "deadline": max(turn.left_s(), 0.001)}
-        stream = self.client._stream(build_chat_request, turn.messages, params, None, prompt_format)
+        stream = self.client._stream(build_chat_request, turn.messages, turn.params, None, prompt_format)
+        stream._call.must_end = turn.started + turn.deadline
         if not stream._call.keeps_id:
             stream._call.request_id = stream._reply.request_id = turn.request_id
         stream._call.attempt = turn.retries
@@ -2737,12 +2761,14 @@ def _to_pieces(deltas: Sequence[Delta]) -> Iterator[tuple[tuple[str, str, str], 
 
 
 def _to_params(request: Any, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return vLLM's parameters in a ChatRequest, over those of request_options() and under the keywords."""
+    """Return vLLM's parameters: request_options() < the ChatRequest < the keywords."""
     names = ("temperature", "top_p", "stop", "tool_choice", "reasoning_effort", "timeout", "model", "tools")
     told = {name: getattr(request, name, None) for name in (*names, "response_format", "max_output_tokens")}
     params: dict[str, Any] = {}
     for layer in (_OPTIONS.get()[0], request.model_extra or {}, told, options):
         given = {name: value for name, value in layer.items() if value is not None}
+        if not given.keys().isdisjoint(MAX_TOKENS_NAMES):
+            params = {name: value for name, value in params.items() if name not in MAX_TOKENS_NAMES}
         params |= {"max_tokens" if name == "max_output_tokens" else name: value for name, value in given.items()}
     for name in ("metadata", "stream", "conversation_id"):
         params.pop(name, None)
@@ -3016,8 +3042,10 @@ def _run_prompt(client: VLLMClient, options: Mapping[str, Any]) -> None:
 
 def _read_stdin() -> str:
     try:
-        return sys.stdin.read()
-    except UnicodeDecodeError as error:
+        text = sys.stdin.read()
+        text.encode()  # in the C locale Python lets half characters through
+        return text
+    except UnicodeError as error:
         raise ConfigurationError(f"standard input is not {sys.stdin.encoding} text") from error
 
 
@@ -3060,9 +3088,7 @@ class _Printer:
         if delta.reasoning:
             self._write(sys.stderr, self._dim(delta.reasoning) if sys.stderr.isatty() else delta.reasoning)
         if delta.text:
-            joins = "".join(token.token for token in delta.logprobs) == delta.text
-            is_painted = self._with_logprobs and joins
-            self._write(sys.stdout, "".join(map(self._paint, delta.logprobs)) if is_painted else delta.text)
+            self._write(sys.stdout, self._paint_all(delta) if self._with_logprobs else delta.text)
 
     def _write(self, out: TextIO, text: str) -> None:
         if self._open is not out:
@@ -3086,8 +3112,17 @@ class _Printer:
                 self._write(sys.stdout, line)
         self.end_line()
 
+    def _paint_all(self, delta: Delta) -> str:
+        """Return the text with its tokens painted, or plain where they do not join to it (the end's has no text)."""
+        joined = list(itertools.accumulate((token.token for token in delta.logprobs), initial=""))
+        if delta.text not in joined:
+            return delta.text
+        return "".join(map(self._paint, delta.logprobs[: joined.index(delta.text)]))
+
     def _paint(self, token: TokenLogprob) -> str:
-        probability = token.probability or 0.0
+        probability = token.probability
+        if probability is None:
+            return token.token
         if not self._has_colour:
             return f"{token.token}({probability:.2f})"
         colour = 32 if probability >= 0.8 else 33 if probability >= 0.4 else 31  # green, yellow, red
