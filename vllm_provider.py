@@ -85,6 +85,7 @@ MIN_SECRET_CHARS: Final = 8  # a shorter key may be a common word: blanking it w
 MAX_LOWERINGS: Final = 2  # vLLM 0.16-0.31 names the model's limit in a first error, the prompt's length in a second
 SENTINEL_LOGPROB: Final = -9999.0  # vLLM writes -inf so, JSON having no infinity
 RETRIED_STATUS: Final = frozenset({429, 502, 503})  # refused before it began; 504 is not: vLLM works on behind it
+NOT_RETRIED: Final = frozenset({"/health", "/version"})  # asked to learn how the server is now
 UNREACHABLE: Final = frozenset({errno.ECONNREFUSED, errno.ECONNRESET, errno.EHOSTUNREACH, errno.ENETUNREACH})
 HARMONY_START: Final = 200006  # <|start|>, the first token of every gpt-oss conversation
 HARMONY_CALL: Final = 200012  # <|call|>, where gpt-oss stops after a tool call
@@ -486,17 +487,16 @@ class ToolCall(NamedTuple):
         >>> ToolCall("call_1", "get_weather", '{"city": "Paris"}').parsed()
         {'city': 'Paris'}
         """
-        cause: Exception | None = None
         try:
             arguments = json.loads(self.arguments, parse_constant=_refuse_constant)
             if isinstance(arguments, dict):
                 return arguments
-        except (ValueError, RecursionError) as wrong:
-            cause = wrong
-        told = f"arguments that are not a JSON object: {_quoted(self.arguments)}; was it cut by max_tokens?"
-        error = InvalidToolCallError(f"the model called {self.name!r} with {told}")
-        error.tool_name, error.raw_arguments = self.name, self.arguments
-        raise error from cause
+            raise ValueError(f"a {type(arguments).__name__} is not an object")
+        except (ValueError, RecursionError) as cause:
+            told = f"arguments that are not a JSON object: {_quoted(self.arguments)}; was it cut by max_tokens?"
+            error = InvalidToolCallError(f"the model called {self.name!r} with {told}")
+            error.tool_name, error.raw_arguments = self.name, self.arguments
+            raise error from cause
 
 
 def _refuse_constant(name: str) -> None:
@@ -620,8 +620,7 @@ def _to_json(value: Any, longest: int = sys.maxsize, token: str = "token") -> An
 
     `longest`: the length at which strings are cut. `token`: what to call the key of that name.
     """
-    names = getattr(value, "_fields", getattr(value, "__dataclass_fields__", None))
-    if names is not None:
+    if (names := getattr(value, "_fields", getattr(value, "__dataclass_fields__", None))) is not None:
         value = {name: getattr(value, name) for name in names}
     if isinstance(value, Mapping):
         return {token if name == "token" else name: _to_json(item, longest, token) for name, item in value.items()}
@@ -635,6 +634,8 @@ def _to_json(value: Any, longest: int = sys.maxsize, token: str = "token") -> An
 
 
 # ---- Requests (pure) --------------------------------------------------------
+
+_Body = Mapping[str, Any]  # JSON we send
 
 
 def build_completion_request(config: VLLMConfig, prompt: Any, **params: Any) -> dict[str, Any]:
@@ -695,7 +696,7 @@ def _merge(config: VLLMConfig, body: dict[str, Any], params: Mapping[str, Any]) 
     return merged
 
 
-def _encode(body: Mapping[str, Any]) -> bytes:
+def _encode(body: _Body) -> bytes:
     """Return the body's bytes; raise ConfigurationError for what JSON cannot hold, without quoting the body."""
     try:
         return json.dumps(body, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
@@ -705,7 +706,7 @@ def _encode(body: Mapping[str, Any]) -> bytes:
         raise ConfigurationError(f"the request is not JSON: {error}") from error
 
 
-def _to_stream(body: Mapping[str, Any]) -> dict[str, Any]:
+def _to_stream(body: _Body) -> dict[str, Any]:
     """Return the body asking for a stream with usage, which vLLM up to 0.17 and from 0.18 on default differently."""
     options = _mapping("stream_options", body.get("stream_options", {}))
     return {**body, "stream": True, "stream_options": {"include_usage": True, **options}}
@@ -1287,7 +1288,7 @@ class _Reply:
     `body` is the request it answers, `where` the method and URL that went to.
     """
 
-    def __init__(self, body: Mapping[str, Any] | None = None, request_id: str = "") -> None:
+    def __init__(self, body: _Body | None = None, request_id: str = "") -> None:
         self.body, self.where, self.request_id = body or {}, "in the reply", request_id
         asked = self.body.get("top_logprobs") if "messages" in self.body else self.body.get("logprobs")
         self.top = asked if isinstance(asked, int) and asked >= 0 else None  # of each token, the alternatives wanted
@@ -1316,8 +1317,8 @@ class _Reply:
                 if delta is not None:
                     deltas.append(delta)
         except (AttributeError, KeyError, TypeError, ValueError, IndexError) as error:
-            kind = type(error).__name__
-            raise ProtocolError(f"not the shape vLLM sends ({kind}: {error}): {self.where}") from error
+            told = f"not the shape vLLM sends ({type(error).__name__}: {error}): {self.where}"
+            raise ProtocolError(told) from error
         self.fields.update(payload)
         return deltas
 
@@ -1330,8 +1331,7 @@ class _Reply:
 
     def _add_choice(self, choice: Mapping[str, Any]) -> Delta | None:
         index = choice.get("index") or 0
-        so_far = self.choices.get(index)
-        if so_far is None:
+        if (so_far := self.choices.get(index)) is None:
             _require(isinstance(index, int))
             so_far = self.choices[index] = _ChoiceSoFar(self.new_splitter and self.new_splitter())
         part = choice.get("delta") or choice.get("message") or choice
@@ -1578,15 +1578,12 @@ def _hold_back(text: str, tags: Sequence[str]) -> tuple[str, str]:
 
 def _text_of(message: Mapping[str, Any]) -> str:
     """Return a message's text; text parts are joined as vLLM joins them."""
-    text = message.get("content") or ""
-    return (
-        text
-        if isinstance(text, str)
-        else "\n".join(part.get("text", "") for part in text if part.get("type") == "text")
-    )
+    content = message.get("content") or ""
+    parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+    return "\n".join(part.get("text", "") for part in parts if part.get("type") == "text")
 
 
-def _chat_only(body: Mapping[str, Any]) -> str | None:
+def _chat_only(body: _Body) -> str | None:
     """Return why the chat endpoint alone is faithful to this conversation, None if it is not alone."""
     if body.get("tools"):
         return "tools"
@@ -1599,7 +1596,7 @@ def _chat_only(body: Mapping[str, Any]) -> str | None:
     return None
 
 
-def _harmony_only(body: Mapping[str, Any]) -> str | None:
+def _harmony_only(body: _Body) -> str | None:
     """Return why gpt-oss needs the chat endpoint here: vLLM renders its chats by harmony, /tokenize by a template."""
     roles = {message.get("role") for message in body["messages"]}
     if not roles <= {"user", "assistant"}:
@@ -1612,7 +1609,7 @@ def _harmony_only(body: Mapping[str, Any]) -> str | None:
     return None
 
 
-def _to_render_options(body: Mapping[str, Any]) -> dict[str, Any]:
+def _to_render_options(body: _Body) -> dict[str, Any]:
     """Return what /tokenize needs to render as the chat endpoint would."""
     names = ("model", "add_generation_prompt", "continue_final_message", "chat_template")
     options = {name: body[name] for name in names if name in body}
@@ -1624,7 +1621,7 @@ def _to_render_options(body: Mapping[str, Any]) -> dict[str, Any]:
     return {**options, "chat_template_kwargs": kwargs} if kwargs else options
 
 
-def _to_completion_body(body: Mapping[str, Any], prompt: Any, room: int | None = None) -> dict[str, Any]:
+def _to_completion_body(body: _Body, prompt: Any, room: int | None = None) -> dict[str, Any]:
     """Return a chat body as one for completions; `room`: the tokens left for the answer, which is then its default."""
     rest = {name: value for name, value in body.items() if name not in CHAT_ONLY_PARAMETERS}
     if "logprobs" in body:
@@ -1673,15 +1670,12 @@ _ADVICE_BY_STATUS: Final = {
 
 
 class _Fit(NamedTuple):
-    """What an error says about lengths in tokens.
-
-    `is_floor`: the input is at least that. `is_output`: max_tokens alone is larger than the limit.
-    """
+    """What an error says about lengths in tokens."""
 
     limit: int | None
     input_tokens: int | None
-    is_floor: bool
-    is_output: bool
+    is_floor: bool  # the input is at least that
+    is_output: bool  # max_tokens alone is larger than the limit
 
     def is_overflow(self) -> bool:
         """Return whether no max_tokens, however small, would help."""
@@ -1690,7 +1684,7 @@ class _Fit(NamedTuple):
         return self.input_tokens >= self.limit
 
 
-def _read_fit(message: str, body: Mapping[str, Any], model_limit: int | None = None) -> _Fit | None:
+def _read_fit(message: str, body: _Body, model_limit: int | None = None) -> _Fit | None:
     """Return what the error to the request `body` says about lengths, None if it is about something else.
 
     `model_limit`: the model's context length where known, for texts that leave it out.
@@ -1715,11 +1709,11 @@ def _read_fit(message: str, body: Mapping[str, Any], model_limit: int | None = N
     return _Fit(limit, tokens, "at least" in message and not room, is_output)
 
 
-def _max_tokens_name(body: Mapping[str, Any]) -> str:
+def _max_tokens_name(body: _Body) -> str:
     return "max_tokens" if body.get("max_completion_tokens") is None else "max_completion_tokens"
 
 
-def _asked_tokens(body: Mapping[str, Any]) -> int | None:
+def _asked_tokens(body: _Body) -> int | None:
     """Return the number of tokens the body asks for; vLLM takes it as text too."""
     asked = str(body.get(_max_tokens_name(body)))
     return int(asked) if re.fullmatch(r"-?\d+", asked) else None
@@ -1738,16 +1732,14 @@ def _error_message(payload: object) -> tuple[str, int | None]:
     return error if isinstance(error, str) else "" if error is None else json.dumps(error), None
 
 
-def _error_from_payload(payload: Mapping[str, Any], body: Mapping[str, Any], where: str) -> StatusError:
+def _error_from_payload(payload: Mapping[str, Any], body: _Body, where: str) -> StatusError:
     """Return the error told inside a reply with status 200 to the request `body`."""
     message, code = _error_message(payload)
     # Up to 0.14 the code inside a stream is 400 for everything.
     return _status_error(500 if "EngineCore" in message else code or 500, message, {}, body, where)
 
 
-def _error_from_reply(
-    status: int, headers: Mapping[str, str], raw: bytearray, body: Mapping[str, Any], where: str
-) -> StatusError:
+def _error_from_reply(status: int, headers: Mapping[str, str], raw: bytes, body: _Body, where: str) -> StatusError:
     """Return the error a reply to `body` tells, be it JSON, HTML, text or empty."""
     message = raw.decode("utf-8", "replace")
     with suppress(ValueError, RecursionError):
@@ -1769,9 +1761,7 @@ def _redirect_error(status: int, location: str, where: str) -> StatusError:
     return StatusError(text, status_code=status)
 
 
-def _status_error(
-    status: int, message: str, headers: Mapping[str, str], body: Mapping[str, Any], where: str
-) -> StatusError:
+def _status_error(status: int, message: str, headers: Mapping[str, str], body: _Body, where: str) -> StatusError:
     fit = _read_fit(message, body) if status < 500 else None
     if fit and fit.is_overflow():
         return _overflow_error(fit, message, status, where)
@@ -1800,15 +1790,13 @@ def _parse_retry_after(value: str | None) -> float | None:
     """Return the seconds a Retry-After header asks to wait, given as seconds or as a date (RFC 9110)."""
     if not value:
         return None
-    try:
+    with suppress(ValueError):
         seconds = float(value)
-    except ValueError:
-        try:
-            date = parsedate_to_datetime(value)
-        except ValueError:
-            return None
-        seconds = (date.replace(tzinfo=date.tzinfo or UTC) - datetime.now(UTC)).total_seconds()
-    return max(0.0, seconds) if math.isfinite(seconds) else None
+        return max(0.0, seconds) if math.isfinite(seconds) else None
+    with suppress(ValueError):
+        date = parsedate_to_datetime(value)
+        return max(0.0, (date.replace(tzinfo=date.tzinfo or UTC) - datetime.now(UTC)).total_seconds())
+    return None
 
 
 # ---- Client -----------------------------------------------------------------
@@ -1867,7 +1855,7 @@ class VLLMClient:
     def version(self) -> str:
         """Return the server's version, like "0.32.0"; not retried."""
         with self._call() as call:
-            return str(self._fetch(call, "GET", "/version", retries=0).get("version") or "")
+            return str(self._fetch(call, "GET", "/version").get("version") or "")
 
     def tokenize(self, text_or_messages: Any, **options: Any) -> list[int]:
         """Return the token ids of a text, or of messages as the model's own chat template renders them.
@@ -1892,7 +1880,7 @@ class VLLMClient:
         with self._call(deadline=wait if wait > 0 else None) as call:
             while True:
                 try:
-                    response = self._request(call, "GET", "/health", retries=0)
+                    response = self._request(call, "GET", "/health")
                     return collections.deque(self._transport.read(call, response), maxlen=0).clear()
                 except (NetworkError, ProviderUnavailableError):
                     if wait <= 0 or time.monotonic() + HEALTH_POLL_S >= call.ends:
@@ -2055,7 +2043,7 @@ class VLLMClient:
                 body = self._lowered(path, body, fit, error, logging.DEBUG if lowerings else logging.WARNING)
                 lowerings += 1
 
-    def _find_fit(self, call: _Call, body: Mapping[str, Any], error: StatusError) -> _Fit | None:
+    def _find_fit(self, call: _Call, body: _Body, error: StatusError) -> _Fit | None:
         """Return what the error says about lengths; what it leaves out, the server is asked for."""
         fit = _read_fit(error.server_message, body)
         if fit is None or not isinstance(error, InvalidRequestError | ContextLengthError):
@@ -2134,13 +2122,13 @@ class VLLMClient:
             raise ProtocolError(f"not the list of models vLLM sends: {where}; {BASE_URL_ADVICE}") from error
         return self._cards
 
-    def _find_limit(self, call: _Call, body: Mapping[str, Any]) -> int | None:
+    def _find_limit(self, call: _Call, body: _Body) -> int | None:
         """Return the context length of the body's model, in tokens."""
         cards = self._models(call)
         named = [card for card in cards if card.id == body.get("model")] or cards[:1]
         return named[0].max_model_len if named else None
 
-    def _count_input(self, call: _Call, body: Mapping[str, Any]) -> int | None:
+    def _count_input(self, call: _Call, body: _Body) -> int | None:
         """Return the number of tokens of the body's prompt; None for a list of prompts."""
         source = body.get("messages", body.get("prompt"))
         if not isinstance(source, str) and "messages" not in body:
@@ -2161,10 +2149,8 @@ class VLLMClient:
             raise ProtocolError(f"not what vLLM's tokenizer sends: POST {self.config.base_url}/tokenize")
         return told
 
-    def _fetch(
-        self, call: _Call, method: str, path: str, body: Mapping[str, Any] | None = None, retries: int | None = None
-    ) -> dict[str, Any]:
-        payload = self._read_json(call, self._request(call, method, path, body, retries))
+    def _fetch(self, call: _Call, method: str, path: str, body: _Body | None = None) -> dict[str, Any]:
+        payload = self._read_json(call, self._request(call, method, path, body))
         if payload.get("error"):
             raise _error_from_payload(payload, body or {}, f"{method} {self.config.base_url}{path}")
         return payload
@@ -2173,12 +2159,10 @@ class VLLMClient:
         raw = b"".join(self._transport.read(call, response))
         return _decode_json(raw.decode("utf-8", "replace"), _where(response))
 
-    def _request(
-        self, call: _Call, method: str, path: str, body: Mapping[str, Any] | None = None, retries: int | None = None
-    ) -> requests.Response:
+    def _request(self, call: _Call, method: str, path: str, body: _Body | None = None) -> requests.Response:
         """Return the open reply with status 200; try again what is known not to have started."""
         raw = None if body is None else _encode(body)
-        most, tries = self.config.max_retries if retries is None else retries, 0
+        most, tries = 0 if path in NOT_RETRIED else self.config.max_retries, 0
         while True:
             try:
                 return self._attempt(call, method, path, raw, body or {})
@@ -2194,9 +2178,7 @@ class VLLMClient:
                 logger.warning("retry %d of %d in %.1f s: %s", tries, most, pause, error)
             call.pause(pause)
 
-    def _attempt(
-        self, call: _Call, method: str, path: str, raw: bytes | None, body: Mapping[str, Any]
-    ) -> requests.Response:
+    def _attempt(self, call: _Call, method: str, path: str, raw: bytes | None, body: _Body) -> requests.Response:
         response = self._transport.send(call, method, path, raw)
         if response.status_code == 200:
             return response
@@ -2206,7 +2188,7 @@ class VLLMClient:
             for piece in self._transport.read(call, response, MAX_ERROR_BYTES):
                 told += piece
         key = self.config.api_key.encode()
-        words = told.replace(key, b"***") if len(key) >= MIN_SECRET_CHARS else told  # gateways quote it
+        words = bytes(told.replace(key, b"***") if len(key) >= MIN_SECRET_CHARS else told)  # gateways quote it
         raise _error_from_reply(response.status_code, response.headers, words, body, _where(response))
 
 
@@ -3000,8 +2982,7 @@ class _Printer:
         if delta.reasoning:
             self._write(sys.stderr, self._dim(delta.reasoning) if sys.stderr.isatty() else delta.reasoning)
         if delta.text:
-            joins = "".join(token.token for token in delta.logprobs) == delta.text
-            is_painted = self._with_logprobs and joins
+            is_painted = self._with_logprobs and "".join(token.token for token in delta.logprobs) == delta.text
             self._write(sys.stdout, "".join(map(self._paint, delta.logprobs)) if is_painted else delta.text)
 
     def _write(self, out: TextIO, text: str) -> None:
