@@ -1283,13 +1283,11 @@ class _ChoiceSoFar:
 
 
 class _Reply:
-    """A reply while it grows: a plain call adds one payload, a stream one for each event.
-
-    `body` is the request it answers, `where` the method and URL that went to.
-    """
+    """A reply while it grows: a plain call adds one payload, a stream one for each event."""
 
     def __init__(self, body: _Body | None = None, request_id: str = "") -> None:
-        self.body, self.where, self.request_id = body or {}, "in the reply", request_id
+        self.body, self.request_id = body or {}, request_id
+        self.where = "in the reply"  # later the method and URL that `body` went to
         asked = self.body.get("top_logprobs") if "messages" in self.body else self.body.get("logprobs")
         self.top = asked if isinstance(asked, int) and asked >= 0 else None  # of each token, the alternatives wanted
         asked = self.body.get("prompt_logprobs", self.top)
@@ -1368,10 +1366,9 @@ class _Reply:
         return tokens, ids
 
     def _add_calls(self, so_far: _ChoiceSoFar, pieces: Sequence[Mapping[str, Any]]) -> tuple[ToolCall, ...]:
-        """Return the pieces, each with the id and name of its call.
+        """Return the pieces, each with the id and name of its call: the one last begun at its index.
 
-        A piece belongs to the call last begun at its index; another id begins another call, since some parsers put
-        every call at index 0.
+        Another id begins another call, since some parsers put every call at index 0.
         """
         added = []
         for position, piece in enumerate(pieces):
