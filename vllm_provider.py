@@ -51,6 +51,7 @@ from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
 
 __version__ = "1.0.0"
+__amplifier_module_type__ = "provider"
 # fmt: off
 __all__ = [
     "AbortError", "AccessDeniedError", "AuthenticationError", "Choice", "Completion", "ConfigurationError",
@@ -84,6 +85,7 @@ MIN_SECRET_CHARS: Final = 8  # a shorter key may be a common word: blanking it w
 MAX_LOWERINGS: Final = 2  # vLLM 0.16-0.31 names the model's limit in a first error, the prompt's length in a second
 SENTINEL_LOGPROB: Final = -9999.0  # vLLM writes -inf so, JSON having no infinity
 RETRIED_STATUS: Final = frozenset({429, 502, 503})  # refused before it began; 504 is not: vLLM works on behind it
+NOT_RETRIED: Final = frozenset({"/health", "/version"})  # asked to learn how the server is now
 UNREACHABLE: Final = frozenset({errno.ECONNREFUSED, errno.ECONNRESET, errno.EHOSTUNREACH, errno.ENETUNREACH})
 HARMONY_START: Final = 200006  # <|start|>, the first token of every gpt-oss conversation
 HARMONY_CALL: Final = 200012  # <|call|>, where gpt-oss stops after a tool call
@@ -406,9 +408,8 @@ class VLLMConfig:
         for spec in fields(self):
             value = getattr(self, spec.name)
             value = value if _is_given(value) else os.environ.get(spec.metadata["env"])
-            checked = (
-                spec.metadata["check"](spec.name, value) if _is_given(value) else copy.copy(spec.metadata["default"])
-            )
+            rule = spec.metadata
+            checked = rule["check"](spec.name, value) if _is_given(value) else copy.copy(rule["default"])
             object.__setattr__(self, spec.name, checked)
         if self.base_url is None:
             raise ConfigurationError("No base_url found: set it or VLLM_BASE_URL, like http://localhost:8000")
@@ -432,10 +433,9 @@ class VLLMConfig:
         return cls(**settings)
 
     def __repr__(self) -> str:
-        shown = {spec.name: getattr(self, spec.name) for spec in fields(self)}
         defaults = {spec.name: spec.metadata["default"] for spec in fields(self)}
         defaults["stream_idle_timeout"] = self.timeout
-        shown = {name: value for name, value in shown.items() if value != defaults[name]}
+        shown = {name: getattr(self, name) for name in defaults if getattr(self, name) != defaults[name]}
         hidden = {"api_key": "***", "default_headers": dict.fromkeys(self.default_headers, "***")}
         return f"VLLMConfig({', '.join(f'{name}={hidden.get(name, value)!r}' for name, value in shown.items())})"
 
@@ -487,17 +487,16 @@ class ToolCall(NamedTuple):
         >>> ToolCall("call_1", "get_weather", '{"city": "Paris"}').parsed()
         {'city': 'Paris'}
         """
-        cause: Exception | None = None
         try:
             arguments = json.loads(self.arguments, parse_constant=_refuse_constant)
             if isinstance(arguments, dict):
                 return arguments
-        except (ValueError, RecursionError) as wrong:
-            cause = wrong
-        told = f"arguments that are not a JSON object: {_quoted(self.arguments)}; was it cut by max_tokens?"
-        error = InvalidToolCallError(f"the model called {self.name!r} with {told}")
-        error.tool_name, error.raw_arguments = self.name, self.arguments
-        raise error from cause
+            raise ValueError(f"a {type(arguments).__name__} is not an object")
+        except (ValueError, RecursionError) as cause:
+            told = f"arguments that are not a JSON object: {_quoted(self.arguments)}; was it cut by max_tokens?"
+            error = InvalidToolCallError(f"the model called {self.name!r} with {told}")
+            error.tool_name, error.raw_arguments = self.name, self.arguments
+            raise error from cause
 
 
 def _refuse_constant(name: str) -> None:
@@ -616,7 +615,27 @@ class ModelCard(NamedTuple):
     parent: str | None = None
 
 
+def _to_json(value: Any, longest: int = sys.maxsize, token: str = "token") -> Any:
+    """Return values of this module as what JSON can hold: -inf as vLLM's -9999.0, bytes as a list.
+
+    `longest`: the length at which strings are cut. `token`: what to call the key of that name.
+    """
+    if (names := getattr(value, "_fields", getattr(value, "__dataclass_fields__", None))) is not None:
+        value = {name: getattr(value, name) for name in names}
+    if isinstance(value, Mapping):
+        return {token if name == "token" else name: _to_json(item, longest, token) for name, item in value.items()}
+    if isinstance(value, list | tuple | bytes):
+        return [_to_json(item, longest, token) for item in value]
+    if isinstance(value, str) and len(value) > longest:
+        return f"{value[:longest]}… ({len(value)} characters)"
+    if isinstance(value, float) and not math.isfinite(value):
+        return SENTINEL_LOGPROB if value < 0 else None
+    return value
+
+
 # ---- Requests (pure) --------------------------------------------------------
+
+_Body = Mapping[str, Any]  # JSON we send
 
 
 def build_completion_request(config: VLLMConfig, prompt: Any, **params: Any) -> dict[str, Any]:
@@ -677,7 +696,7 @@ def _merge(config: VLLMConfig, body: dict[str, Any], params: Mapping[str, Any]) 
     return merged
 
 
-def _encode(body: Mapping[str, Any]) -> bytes:
+def _encode(body: _Body) -> bytes:
     """Return the body's bytes; raise ConfigurationError for what JSON cannot hold, without quoting the body."""
     try:
         return json.dumps(body, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
@@ -687,7 +706,7 @@ def _encode(body: Mapping[str, Any]) -> bytes:
         raise ConfigurationError(f"the request is not JSON: {error}") from error
 
 
-def _to_stream(body: Mapping[str, Any]) -> dict[str, Any]:
+def _to_stream(body: _Body) -> dict[str, Any]:
     """Return the body asking for a stream with usage, which vLLM up to 0.17 and from 0.18 on default differently."""
     options = _mapping("stream_options", body.get("stream_options", {}))
     return {**body, "stream": True, "stream_options": {"include_usage": True, **options}}
@@ -793,17 +812,17 @@ class _Call:
         self.check()
 
     def timeout_error(self, where: str) -> LLMTimeoutError:
-        if time.monotonic() >= self.ends:
-            text = f"deadline of {self.limits.deadline:g} s reached: {where}; give the call more time"
-            return LLMTimeoutError(text, retryable=False)
-        if not self.connected:
-            return LLMTimeoutError(f"no connection in time: {where}; is the host right, and does a firewall block it?")
-        if self.limit == "timeout":
-            text = f"no reply within {self.limits.timeout:g} s: {where}; raise timeout, or ask for fewer tokens"
-            return LLMTimeoutError(text)
-        idle_s = self.limits.stream_idle_timeout
-        text = f"silent for {idle_s:g} s in mid-reply: {where}; raise stream_idle_timeout, or see if a proxy buffers"
-        return LLMTimeoutError(text)
+        limits, is_final = self.limits, time.monotonic() >= self.ends
+        if is_final:
+            told, advice = f"deadline of {limits.deadline:g} s reached", "give the call more time"
+        elif not self.connected:
+            told, advice = "no connection in time", "is the host right, and does a firewall block it?"
+        elif self.limit == "timeout":
+            told, advice = f"no reply within {limits.timeout:g} s", "raise timeout, or ask for fewer tokens"
+        else:
+            told = f"silent for {limits.stream_idle_timeout:g} s in mid-reply"
+            advice = "raise stream_idle_timeout, or see if a proxy buffers"
+        return LLMTimeoutError(f"{told}: {where}; {advice}", retryable=not is_final)
 
 
 _CURRENT_CALL: Final[ContextVar[_Call]] = ContextVar("vllm_provider_call")  # how a pooled connection finds its call
@@ -1084,16 +1103,23 @@ def _is_unstarted(error: VLLMError, call: _Call) -> bool:
     return error.status_code in RETRIED_STATUS or (isinstance(error, NetworkError) and error.retryable and refused)
 
 
-def _backoff_s(attempt: int, max_delay: float, retry_after: float | None = None) -> float:
-    """Return the pause in seconds before retry number `attempt` (the first is 1).
+def _find_pause_s(config: VLLMConfig, error: VLLMError, attempt: int, left_s: float, deadline: float) -> float:
+    """Return the pause in seconds before retry number `attempt` (the first is 1); raise if it would be too long.
 
-    Between d/2 and d, where d doubles from 0.5 s to `max_delay`; never shorter than the server's Retry-After.
+    Between d/2 and d, where d doubles from 0.5 s to max_retry_delay; never shorter than the server's Retry-After.
 
-    >>> _backoff_s(1, 30.0, retry_after=7.0)
+    >>> error = ProviderUnavailableError("503", retry_after=7.0)
+    >>> _find_pause_s(VLLMConfig("http://localhost:8000"), error, 1, left_s=math.inf, deadline=math.inf)
     7.0
     """
-    longest = min(max_delay, 0.5 * 2.0 ** min(attempt - 1, 60))
-    return max(random.uniform(longest / 2, longest), retry_after or 0.0)
+    wait, longest = error.retry_after or 0.0, min(config.max_retry_delay, 0.5 * 2.0 ** min(attempt - 1, 60))
+    if wait > config.max_retry_delay:
+        raise error
+    pause = max(random.uniform(longest / 2, longest), wait)
+    if pause >= left_s:
+        text = f"the deadline of {deadline:g} s leaves no time to try again: {error}"
+        raise LLMTimeoutError(text, retryable=False) from error
+    return pause
 
 
 # ---- Stream decoder (pure) --------------------------------------------------
@@ -1201,15 +1227,11 @@ def _decode_json(text: str, where: str) -> dict[str, Any]:
     text = text.strip()
     try:
         payload, end = _JSON.raw_decode(text)  # half the cost of json.loads(), which minds white space around it
+        if end == len(text) and isinstance(payload, dict):
+            return payload
+        raise ValueError("more than one JSON value" if end != len(text) else "not a JSON object")
     except (ValueError, RecursionError) as error:
-        raise _not_json(text, where) from error
-    if end != len(text) or not isinstance(payload, dict):
-        raise _not_json(text, where)
-    return payload
-
-
-def _not_json(text: str, where: str) -> ProtocolError:
-    return ProtocolError(f"not the JSON vLLM sends: {where}: {_quoted(text)}; {BASE_URL_ADVICE}")
+        raise ProtocolError(f"not the JSON vLLM sends: {where}: {_quoted(text)}; {BASE_URL_ADVICE}") from error
 
 
 def _quoted(text: str) -> str:
@@ -1261,13 +1283,11 @@ class _ChoiceSoFar:
 
 
 class _Reply:
-    """A reply while it grows: a plain call adds one payload, a stream one for each event.
+    """A reply while it grows: a plain call adds one payload, a stream one for each event."""
 
-    `body` is the request it answers, `where` the method and URL that went to.
-    """
-
-    def __init__(self, body: Mapping[str, Any] | None = None, request_id: str = "") -> None:
-        self.body, self.where, self.request_id = body or {}, "in the reply", request_id
+    def __init__(self, body: _Body | None = None, request_id: str = "") -> None:
+        self.body, self.request_id = body or {}, request_id
+        self.where = "in the reply"  # later the method and URL that `body` went to
         asked = self.body.get("top_logprobs") if "messages" in self.body else self.body.get("logprobs")
         is_counted = isinstance(asked, int) and asked >= 0 and not self.body.get("logprob_token_ids")
         self.top = asked if is_counted else None  # of each token, the alternatives wanted
@@ -1296,8 +1316,8 @@ class _Reply:
                 if delta is not None:
                     deltas.append(delta)
         except (AttributeError, KeyError, TypeError, ValueError, IndexError) as error:
-            kind = type(error).__name__
-            raise ProtocolError(f"not the shape vLLM sends ({kind}: {error}): {self.where}") from error
+            told = f"not the shape vLLM sends ({type(error).__name__}: {error}): {self.where}"
+            raise ProtocolError(told) from error
         self.fields.update(payload)
         return deltas
 
@@ -1310,8 +1330,7 @@ class _Reply:
 
     def _add_choice(self, choice: Mapping[str, Any]) -> Delta | None:
         index = choice.get("index") or 0
-        so_far = self.choices.get(index)
-        if so_far is None:
+        if (so_far := self.choices.get(index)) is None:
             _require(isinstance(index, int))
             so_far = self.choices[index] = _ChoiceSoFar(self.new_splitter and self.new_splitter())
         part = choice.get("delta") or choice.get("message") or choice
@@ -1349,10 +1368,9 @@ class _Reply:
         return tokens, ids
 
     def _add_calls(self, so_far: _ChoiceSoFar, pieces: Sequence[Mapping[str, Any]]) -> tuple[ToolCall, ...]:
-        """Return the pieces, each with the id and name of its call.
+        """Return the pieces, each with the id and name of its call: the one last begun at its index.
 
-        A piece belongs to the call last begun at its index; another id begins another call, since some parsers put
-        every call at index 0.
+        Another id begins another call, since some parsers put every call at index 0.
         """
         added = []
         for position, piece in enumerate(pieces):
@@ -1561,18 +1579,14 @@ def _hold_back(text: str, tags: Sequence[str]) -> tuple[str, str]:
 # ---- Conversations as prompts (pure) ----------------------------------------
 
 
-def _texts(messages: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return each message's text; text parts are joined as vLLM joins them."""
-    contents = [message.get("content") or "" for message in messages]
-    return [
-        text
-        if isinstance(text, str)
-        else "\n".join(part.get("text", "") for part in text if part.get("type") == "text")
-        for text in contents
-    ]
+def _text_of(message: Mapping[str, Any]) -> str:
+    """Return a message's text; text parts are joined as vLLM joins them."""
+    content = message.get("content") or ""
+    parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+    return "\n".join(part.get("text", "") for part in parts if part.get("type") == "text")
 
 
-def _chat_only(body: Mapping[str, Any]) -> str | None:
+def _chat_only(body: _Body) -> str | None:
     """Return why the chat endpoint alone is faithful to this conversation, None if it is not alone."""
     if body.get("tools"):
         return "tools"
@@ -1587,7 +1601,7 @@ def _chat_only(body: Mapping[str, Any]) -> str | None:
     return None
 
 
-def _harmony_only(body: Mapping[str, Any]) -> str | None:
+def _harmony_only(body: _Body) -> str | None:
     """Return why gpt-oss needs the chat endpoint here: vLLM renders its chats by harmony, /tokenize by a template."""
     roles = {message.get("role") for message in body["messages"]}
     if not roles <= {"user", "assistant"}:
@@ -1595,26 +1609,24 @@ def _harmony_only(body: Mapping[str, Any]) -> str | None:
     if any(message.get("reasoning") for message in body["messages"]):
         return "gpt-oss with past reasoning"
     is_plain = all(isinstance(message.get("content"), str) for message in body["messages"])
-    if not is_plain or any("<|" in text for text in _texts(body["messages"])):
+    if not is_plain or any("<|" in _text_of(message) for message in body["messages"]):
         return "gpt-oss with more than plain text"  # the template would take such text for control tokens
     return None
 
 
-def _to_render_options(body: Mapping[str, Any]) -> dict[str, Any]:
+def _to_render_options(body: _Body) -> dict[str, Any]:
     """Return what /tokenize needs to render as the chat endpoint would."""
     names = ("model", "add_generation_prompt", "continue_final_message", "chat_template")
     options = {name: body[name] for name in names if name in body}
-    kwargs = {
-        **{name: body[name] for name in ("documents",) if name in body},
-        **(body.get("chat_template_kwargs") or {}),
-    }
+    documents = {"documents": body["documents"]} if "documents" in body else {}
+    kwargs = {**documents, **(body.get("chat_template_kwargs") or {})}
     effort = body.get("reasoning_effort")
     if effort is not None:  # as vLLM does from 0.22 on
         kwargs = {"reasoning_effort": effort, "enable_thinking": effort != "none", **kwargs}
     return {**options, "chat_template_kwargs": kwargs} if kwargs else options
 
 
-def _to_completion_body(body: Mapping[str, Any], prompt: Any, room: int | None = None) -> dict[str, Any]:
+def _to_completion_body(body: _Body, prompt: Any, room: int | None = None) -> dict[str, Any]:
     """Return a chat body as one for completions; `room`: the tokens left for the answer, which is then its default."""
     rest = {name: value for name, value in body.items() if name not in CHAT_ONLY_PARAMETERS}
     if "logprobs" in body:
@@ -1667,15 +1679,12 @@ _ADVICE_BY_STATUS: Final = {
 
 
 class _Fit(NamedTuple):
-    """What an error says about lengths in tokens.
-
-    `is_floor`: the input is at least that. `is_output`: max_tokens alone is larger than the limit.
-    """
+    """What an error says about lengths in tokens."""
 
     limit: int | None
     input_tokens: int | None
-    is_floor: bool
-    is_output: bool
+    is_floor: bool  # the input is at least that
+    is_output: bool  # max_tokens alone is larger than the limit
 
     def is_overflow(self) -> bool:
         """Return whether no max_tokens, however small, would help."""
@@ -1684,7 +1693,7 @@ class _Fit(NamedTuple):
         return self.input_tokens >= self.limit
 
 
-def _read_fit(message: str, body: Mapping[str, Any], model_limit: int | None = None) -> _Fit | None:
+def _read_fit(message: str, body: _Body, model_limit: int | None = None) -> _Fit | None:
     """Return what the error to the request `body` says about lengths, None if it is about something else.
 
     `model_limit`: the model's context length where known, for texts that leave it out.
@@ -1710,11 +1719,11 @@ def _read_fit(message: str, body: Mapping[str, Any], model_limit: int | None = N
     return _Fit(limit, tokens, is_floor, is_output)
 
 
-def _max_tokens_name(body: Mapping[str, Any]) -> str:
+def _max_tokens_name(body: _Body) -> str:
     return "max_tokens" if body.get("max_completion_tokens") is None else "max_completion_tokens"
 
 
-def _asked_tokens(body: Mapping[str, Any]) -> int | None:
+def _asked_tokens(body: _Body) -> int | None:
     """Return the number of tokens the body asks for; vLLM takes it as text too."""
     asked = str(body.get(_max_tokens_name(body)))
     return int(asked) if re.fullmatch(r"-?\d+", asked) else None
@@ -1733,16 +1742,14 @@ def _error_message(payload: object) -> tuple[str, int | None]:
     return error if isinstance(error, str) else "" if error is None else json.dumps(error), None
 
 
-def _error_from_payload(payload: Mapping[str, Any], body: Mapping[str, Any], where: str) -> StatusError:
+def _error_from_payload(payload: Mapping[str, Any], body: _Body, where: str) -> StatusError:
     """Return the error told inside a reply with status 200 to the request `body`."""
     message, code = _error_message(payload)
     # Up to 0.14 the code inside a stream is 400 for everything.
     return _status_error(500 if "EngineCore" in message else code or 500, message, {}, body, where)
 
 
-def _error_from_reply(
-    status: int, headers: Mapping[str, str], raw: bytes, body: Mapping[str, Any], where: str
-) -> StatusError:
+def _error_from_reply(status: int, headers: Mapping[str, str], raw: bytes, body: _Body, where: str) -> StatusError:
     """Return the error a reply to `body` tells, be it JSON, HTML, text or empty."""
     message = raw.decode("utf-8", "replace")
     with suppress(ValueError, RecursionError):
@@ -1753,10 +1760,10 @@ def _error_from_reply(
 
 
 def _redirect_error(status: int, location: str, where: str) -> StatusError:
-    method, url = where.split(" ", 1)
+    url = where.split(" ", 1)[1]
     path = re.search(r"(/v1/[a-z/]+|/\w+)$", url)
     target = re.split(r"[?#]", location)[0].rstrip("/")
-    text = f"{method} {url} is redirected to {_quoted(location)}, which is not followed, lest the prompt go astray"
+    text = f"{where} is redirected to {_quoted(location)}, which is not followed, lest the prompt go astray"
     if path and target.endswith(path.group()):
         base_url = target.removesuffix(path.group())
         origin = "{0.scheme}://{0.netloc}".format(urlsplit(url))
@@ -1764,9 +1771,7 @@ def _redirect_error(status: int, location: str, where: str) -> StatusError:
     return StatusError(text, status_code=status)
 
 
-def _status_error(
-    status: int, message: str, headers: Mapping[str, str], body: Mapping[str, Any], where: str
-) -> StatusError:
+def _status_error(status: int, message: str, headers: Mapping[str, str], body: _Body, where: str) -> StatusError:
     fit = _read_fit(message, body) if status < 500 else None
     if fit and fit.is_overflow():
         return _overflow_error(fit, message, status, where)
@@ -1797,15 +1802,13 @@ def _parse_retry_after(value: str | None) -> float | None:
     """Return the seconds a Retry-After header asks to wait, given as seconds or as a date (RFC 9110)."""
     if not value:
         return None
-    try:
+    with suppress(ValueError):
         seconds = float(value)
-    except ValueError:
-        try:
-            date = parsedate_to_datetime(value)
-        except ValueError:
-            return None
-        seconds = (date.replace(tzinfo=date.tzinfo or UTC) - datetime.now(UTC)).total_seconds()
-    return max(0.0, seconds) if math.isfinite(seconds) else None
+        return max(0.0, seconds) if math.isfinite(seconds) else None
+    with suppress(ValueError):
+        date = parsedate_to_datetime(value)
+        return max(0.0, (date.replace(tzinfo=date.tzinfo or UTC) - datetime.now(UTC)).total_seconds())
+    return None
 
 
 # ---- Client -----------------------------------------------------------------
@@ -1864,16 +1867,16 @@ class VLLMClient:
     def version(self) -> str:
         """Return the server's version, like "0.32.0"; not retried."""
         with self._call() as call:
-            return str(self._fetch(call, "GET", "/version", retries=0).get("version") or "")
+            return str(self._fetch(call, "GET", "/version").get("version") or "")
 
     def tokenize(self, text_or_messages: Any, **options: Any) -> list[int]:
         """Return the token ids of a text, or of messages as the model's own chat template renders them.
 
         `options`: fields of vLLM's `/tokenize`, like `add_special_tokens` or `chat_template_kwargs`.
         """
-        fields_sent = {name: value for name, value in options.items() if name not in CALL_LIMITS}
-        with self._call(_limits(self.config, options)) as call:
-            return list(self._tokenize(call, text_or_messages, fields_sent)["tokens"])
+        sent = {name: value for name, value in options.items() if name not in CALL_LIMITS}
+        with self._call(**options) as call:
+            return list(self._tokenize(call, text_or_messages, sent)["tokens"])
 
     def detokenize(self, ids: Sequence[int]) -> str:
         """Return the text of token ids, special tokens included."""
@@ -1885,10 +1888,10 @@ class VLLMClient:
 
         `wait`: for up to so many seconds, ask again a server that cannot be reached or is not ready: one that starts.
         """
-        with self._call(_Limits(self.config.timeout, math.inf, wait if wait > 0 else math.inf)) as call:
+        with self._call(deadline=wait if wait > 0 else None) as call:
             while True:
                 try:
-                    response = self._request(call, "GET", "/health", retries=0)
+                    response = self._request(call, "GET", "/health")
                     return collections.deque(self._transport.read(call, response), maxlen=0).clear()
                 except (NetworkError, ProviderUnavailableError):
                     if wait <= 0 or time.monotonic() + HEALTH_POLL_S >= call.ends:
@@ -1910,8 +1913,8 @@ class VLLMClient:
 
     # The way of a call: _stream -> _plan (prompt) -> _exchange -> _begin (model, max_tokens) -> _request -> _attempt.
 
-    def _call(self, limits: _Limits | None = None) -> AbstractContextManager[_Call]:
-        return self._transport.call(_Call(limits or _limits(self.config, {})))
+    def _call(self, **limits: Any) -> AbstractContextManager[_Call]:
+        return self._transport.call(_Call(_limits(self.config, limits)))
 
     def _whole(self, build: Callable[..., dict[str, Any]], source: Any, params: Mapping[str, Any]) -> Completion:
         with closing(self._stream(build, source, params, wants_stream=False)) as stream:
@@ -1919,21 +1922,16 @@ class VLLMClient:
         return stream.completion
 
     def _stream(
-        self,
-        build: Callable[..., dict[str, Any]],
-        source: Any,
-        params: Mapping[str, Any],
-        wants_stream: bool | None = True,
-        prompt_format: str | None = None,
-    ) -> "Stream":
+        self, build: Callable[..., dict[str, Any]], source: Any, params: Mapping[str, Any],
+        wants_stream: bool | None = True, prompt_format: str | None = None,
+    ) -> "Stream":  # fmt: skip
         """Return the call as a Stream, whether or not its reply is one on the wire (None: if vLLM can stream it).
 
         `prompt_format`: how a conversation becomes a prompt, as in VLLMConfig; None leaves it to the chat endpoint.
         """
         body = build(self.config, source, **params)
         call = _Call(_limits(self.config, params), body.get("request_id"))
-        reply = _Reply(body, request_id=call.request_id)
-
+        reply = _Reply(body, call.request_id)
         path = CHAT_PATH if build is build_chat_request else COMPLETIONS_PATH
         if wants_stream is None:
             wants_stream = not (body.get("prompt_logprobs") or body.get("use_beam_search"))
@@ -1976,7 +1974,7 @@ class VLLMClient:
         """Return the path and the body for a conversation; `reply.degradation` says why it is chat all the same."""
         messages = body["messages"]
         if prompt_format == "raw":
-            return COMPLETIONS_PATH, _to_completion_body(body, "\n".join(_texts(messages)))
+            return COMPLETIONS_PATH, _to_completion_body(body, "\n".join(map(_text_of, messages)))
         reason = self._hidden or _chat_only(body)
         try:
             rendered = None if reason else self._render(call, body, reply)
@@ -1988,7 +1986,7 @@ class VLLMClient:
             if prompt_format == "chat_template" or reason is None:
                 raise
             if reason == NO_TEMPLATE and len(messages) == 1 and messages[0].get("role") == "user":
-                return COMPLETIONS_PATH, _to_completion_body(body, _texts(messages)[0])
+                return COMPLETIONS_PATH, _to_completion_body(body, _text_of(messages[0]))
         if prompt_format == "chat_template":
             raise ConfigurationError(f"prompt_format chat_template cannot render this: {reason}")
         reply.degradation = {"requested": "completions", "actual": "chat", "reason": str(reason)}
@@ -2056,7 +2054,7 @@ class VLLMClient:
                 body = self._lowered(path, body, fit, error, logging.DEBUG if lowerings else logging.WARNING)
                 lowerings += 1
 
-    def _find_fit(self, call: _Call, body: Mapping[str, Any], error: StatusError) -> _Fit | None:
+    def _find_fit(self, call: _Call, body: _Body, error: StatusError) -> _Fit | None:
         """Return what the error says about lengths; what it leaves out, the server is asked for."""
         fit = _read_fit(error.server_message, body)
         if fit is None or not isinstance(error, InvalidRequestError | ContextLengthError):
@@ -2130,21 +2128,20 @@ class VLLMClient:
             cards = payload["data"]
             lengths = {card["id"]: card.get("max_model_len") for card in cards}
             lengths |= {card["id"]: lengths[card["id"]] or lengths.get(card.get("parent")) for card in cards}
-            self._cards = [
-                ModelCard(card["id"], lengths[card["id"]], card.get("root"), card.get("parent")) for card in cards
-            ]
+            told = ((card["id"], card.get("root"), card.get("parent")) for card in cards)
+            self._cards = [ModelCard(name, lengths[name], root, parent) for name, root, parent in told]
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             where = f"GET {self.config.base_url}/v1/models"
             raise ProtocolError(f"not the list of models vLLM sends: {where}; {BASE_URL_ADVICE}") from error
         return self._cards
 
-    def _find_limit(self, call: _Call, body: Mapping[str, Any]) -> int | None:
+    def _find_limit(self, call: _Call, body: _Body) -> int | None:
         """Return the context length of the body's model, in tokens."""
         cards = self._models(call)
         named = [card for card in cards if card.id == body.get("model")] or cards[:1]
         return named[0].max_model_len if named else None
 
-    def _count_input(self, call: _Call, body: Mapping[str, Any]) -> int | None:
+    def _count_input(self, call: _Call, body: _Body) -> int | None:
         """Return the number of tokens of the body's prompt; None for a list of prompts."""
         source = body.get("messages", body.get("prompt"))
         if not isinstance(source, str) and "messages" not in body:
@@ -2168,10 +2165,8 @@ class VLLMClient:
             raise ProtocolError(f"not what vLLM's tokenizer sends: POST {self.config.base_url}/tokenize")
         return told
 
-    def _fetch(
-        self, call: _Call, method: str, path: str, body: Mapping[str, Any] | None = None, retries: int | None = None
-    ) -> dict[str, Any]:
-        payload = self._read_json(call, self._request(call, method, path, body, retries))
+    def _fetch(self, call: _Call, method: str, path: str, body: _Body | None = None) -> dict[str, Any]:
+        payload = self._read_json(call, self._request(call, method, path, body))
         if payload.get("error"):
             raise _error_from_payload(payload, body or {}, f"{method} {self.config.base_url}{path}")
         return payload
@@ -2180,12 +2175,10 @@ class VLLMClient:
         raw = b"".join(self._transport.read(call, response))
         return _decode_json(raw.decode("utf-8", "replace"), _where(response))
 
-    def _request(
-        self, call: _Call, method: str, path: str, body: Mapping[str, Any] | None = None, retries: int | None = None
-    ) -> requests.Response:
+    def _request(self, call: _Call, method: str, path: str, body: _Body | None = None) -> requests.Response:
         """Return the open reply with status 200; try again what is known not to have started."""
         raw = None if body is None else _encode(body)
-        most, tries = self.config.max_retries if retries is None else retries, 0
+        most, tries = 0 if path in NOT_RETRIED else self.config.max_retries, 0
         while True:
             try:
                 return self._attempt(call, method, path, raw, body or {})
@@ -2194,18 +2187,14 @@ class VLLMClient:
                     call.fresh_only = True  # the server had closed an idle connection: no failure of its own
                     continue
                 tries += 1
-                wait = error.retry_after or 0.0
-                if tries > most or wait > self.config.max_retry_delay or not _is_unstarted(error, call):
+                if tries > most or not _is_unstarted(error, call):
                     raise
-                pause = _backoff_s(tries, self.config.max_retry_delay, wait)
-                if time.monotonic() + pause >= call.ends:
-                    raise _no_time_left(error, call.limits.deadline) from error
+                left_s = call.ends - time.monotonic()
+                pause = _find_pause_s(self.config, error, tries, left_s, call.limits.deadline)
                 logger.warning("retry %d of %d in %.1f s: %s", tries, most, pause, error)
             call.pause(pause)
 
-    def _attempt(
-        self, call: _Call, method: str, path: str, raw: bytes | None, body: Mapping[str, Any]
-    ) -> requests.Response:
+    def _attempt(self, call: _Call, method: str, path: str, raw: bytes | None, body: _Body) -> requests.Response:
         response = self._transport.send(call, method, path, raw)
         if response.status_code == 200:
             return response
@@ -2215,12 +2204,8 @@ class VLLMClient:
             for piece in self._transport.read(call, response, MAX_ERROR_BYTES):
                 told += piece
         key = self.config.api_key.encode()
-        words = bytes(told).replace(key, b"***") if len(key) >= MIN_SECRET_CHARS else bytes(told)  # gateways quote it
+        words = bytes(told.replace(key, b"***") if len(key) >= MIN_SECRET_CHARS else told)  # gateways quote it
         raise _error_from_reply(response.status_code, response.headers, words, body, _where(response))
-
-
-def _no_time_left(error: VLLMError, deadline: float) -> LLMTimeoutError:
-    return LLMTimeoutError(f"the deadline of {deadline:g} s leaves no time to try again: {error}", retryable=False)
 
 
 class Stream(Iterator[Delta]):
@@ -2248,7 +2233,8 @@ class Stream(Iterator[Delta]):
 
     def __enter__(self) -> Self:
         """Send the request and wait for its first delta."""
-        self._ahead += [delta for delta in (next(self, None),) if delta is not None]
+        if (delta := next(self, None)) is not None:
+            self._ahead.append(delta)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -2275,7 +2261,6 @@ class Stream(Iterator[Delta]):
 #
 # Vocabulary, events and asyncio.to_thread around the client; amplifier_core is imported where it is used.
 
-__amplifier_module_type__ = "provider"
 CANCEL_POLL_S: Final = 0.1  # the kernel's session does not cancel the task that waits for us
 DISCOVERY_S: Final = 5.0
 SPARE_THREADS: Final = 512  # for the host, DNS and further providers; a thread starts only when none is idle
@@ -2361,8 +2346,7 @@ class VLLMProvider:
             config = VLLMConfig.from_mapping(config)
         self.config: VLLMConfig = config
         self.coordinator = coordinator
-        self.priority = config.priority
-        self.default_model = config.default_model
+        self.priority, self.default_model = config.priority, config.default_model
         self.client = VLLMClient(replace(config, max_retries=0))  # retries are announced, so they are ours
         self._repaired: set[str] = set()
         self._has_warned = self._is_unlisted = False
@@ -2370,24 +2354,16 @@ class VLLMProvider:
         self._is_debugged = config.debug or config.raw_debug or config.raw
         self._places: tuple[Any, Any] = (None, None)  # a loop and its semaphore
 
-    # What Amplifier asks about.
-
     def get_info(self) -> Any:
         """Return the kernel's ProviderInfo."""
         from amplifier_core import ConfigField, ProviderInfo
 
         limits = self._limits(self.default_model)
         known = {"context_window": limits[0], "max_output_tokens": limits[1]} if limits else {}
-        asked = [
-            {"id": "base_url", "display_name": "Server URL", "env_var": "VLLM_BASE_URL"},
-            {"id": "api_key", "display_name": "API key", "field_type": "secret", "env_var": "VLLM_API_KEY"},
-            {
-                "id": "use_completions",
-                "display_name": "Use /v1/completions",
-                "field_type": "boolean",
-                "default": "true",
-            },
-        ]
+
+        def ask(key: str, told: str, **more: Any) -> Any:
+            return ConfigField(id=key, display_name=told, prompt=f"{told} of vLLM", required=key == "base_url", **more)
+
         return ProviderInfo(
             id="vllm",
             display_name="vLLM",
@@ -2395,8 +2371,9 @@ class VLLMProvider:
             capabilities=["streaming", "tools", "reasoning", "json_mode", "logprobs"],
             defaults={"model": self.default_model, "timeout": self.config.timeout, **known},
             config_fields=[
-                ConfigField(prompt=f"{told['display_name']} of vLLM", required=told["id"] == "base_url", **told)
-                for told in asked
+                ask("base_url", "Server URL", env_var="VLLM_BASE_URL"),
+                ask("api_key", "API key", field_type="secret", env_var="VLLM_API_KEY"),
+                ask("use_completions", "Use /v1/completions", field_type="boolean", default="true"),
             ],
         )
 
@@ -2407,7 +2384,7 @@ class VLLMProvider:
         if limits is None and not self._has_warned:
             self._has_warned = True
             logger.warning("the context window is unknown, so history is not compacted to it: set context_window")
-        return None if limits is None else self._to_model_info(model, limits)
+        return None if limits is None else self._to_model_info(model, *limits)
 
     async def list_models(self) -> list[Any]:
         """Return the server's models as the kernel's ModelInfo; raise a kernel error when it cannot be asked."""
@@ -2415,7 +2392,7 @@ class VLLMProvider:
             cards = await self._list(self.config.timeout)
         except VLLMError as error:
             raise self._to_kernel_error(error, None) from error
-        return [self._to_model_info(card.id, self._limits(card.id) or (0, 0)) for card in cards]
+        return [self._to_model_info(card.id, *(self._limits(card.id) or (0, 0))) for card in cards]
 
     def parse_tool_calls(self, response: Any) -> list[Any]:
         """Return the tool calls of a response."""
@@ -2425,18 +2402,17 @@ class VLLMProvider:
         """Stop the calls in flight and close the connections; may be called again."""
         self.client.close()
 
-    def _to_model_info(self, model: str, limits: tuple[int, int]) -> Any:
+    def _to_model_info(self, model: str, window: int, most: int) -> Any:
         from amplifier_core import ModelInfo
 
         able = ["tools", "thinking", "streaming", "json_mode"]
-        window, most = limits
         return ModelInfo(id=model, display_name=model, context_window=window, max_output_tokens=most, capabilities=able)
 
     def _limits(self, model: str | None) -> tuple[int, int] | None:
         """Return the context window and the largest output to plan with, in tokens, never above the server's."""
-        model = model or self.client._served_model
-        served = next((card.max_model_len for card in self.client._cards if card.id == model), None)
-        window = min(filter(None, (served, self.config.context_window)), default=None)
+        wanted = model or self.client._served_model
+        served = (card.max_model_len for card in self.client._cards if card.id == wanted)
+        window = min(filter(None, (next(served, None), self.config.context_window)), default=None)
         if window is None:
             return None
         return window, min(self.config.max_output_tokens or min(window // 4, 16384), window)
@@ -2448,9 +2424,8 @@ class VLLMProvider:
         call = _Call(_Limits(self.config.timeout, math.inf, deadline))
         try:
             cards = await asyncio.to_thread(self.client._list, call)
-        except asyncio.CancelledError:
-            call.stop()
-            raise
+        finally:
+            call.stop()  # for when this task is cancelled
         self.client._served_model = cards[0].id if cards else ""
         return cards
 
@@ -2465,8 +2440,6 @@ class VLLMProvider:
             logger.log(self._discovery_level, "the limits of the models are unknown: %s", error)
             self._discovery_level = logging.DEBUG
 
-    # One call.
-
     async def complete(self, request: Any, **options: Any) -> Any:
         """Return the kernel's ChatResponse to a ChatRequest.
 
@@ -2475,12 +2448,12 @@ class VLLMProvider:
         """
         import asyncio
 
-        work = asyncio.ensure_future(self._complete(request, options))
+        turn = _Turn(self.config, request, options)
+        work = asyncio.ensure_future(self._complete(turn))
         try:
             while not (await asyncio.wait({work}, timeout=CANCEL_POLL_S))[0]:
                 if self._is_cancelled():
-                    model = options.get("model") or request.model or self.default_model or self.client._served_model
-                    raise self._to_kernel_error(AbortError("the session was cancelled"), model)
+                    raise self._to_kernel_error(AbortError("the session was cancelled"), turn.model)
             return work.result()
         finally:
             if not work.done():
@@ -2488,11 +2461,9 @@ class VLLMProvider:
                 await asyncio.wait({work})
 
     def _is_cancelled(self) -> bool:
-        cancellation = getattr(self.coordinator, "cancellation", None)
-        return getattr(cancellation, "is_immediate", False) is True
+        return getattr(getattr(self.coordinator, "cancellation", None), "is_immediate", False) is True
 
-    async def _complete(self, request: Any, options: Mapping[str, Any]) -> Any:
-        turn = _Turn(self.config, request, options)
+    async def _complete(self, turn: "_Turn") -> Any:
         result: dict[str, Any] = {"status": "error", "finish_reason": None, **_to_usage_payload(None)}
         try:
             await self._begin(turn)
@@ -2544,12 +2515,12 @@ class VLLMProvider:
 
     async def _emit_debug(self, what: str, turn: "_Turn", value: Any, event: dict[str, Any]) -> None:
         """Emit the debug events that are switched on; with `raw`, add the value to the event that comes anyway."""
-        raw = _to_json(value, {"token": "token_text"})  # a hook of Amplifier's blanks what is called "token"
+        raw = _to_json(value, token="token_text")  # a hook of Amplifier's blanks what is called "token"
         told = {"provider": "vllm", "request_id": turn.request_id}
         if self.config.raw:
             event["raw"] = raw
         if self.config.debug:
-            await self._emit(f"llm:{what}:debug", {**told, what: _truncated(raw, self.config.debug_truncate_length)})
+            await self._emit(f"llm:{what}:debug", {**told, what: _to_json(raw, self.config.debug_truncate_length)})
         if self.config.raw_debug:
             await self._emit(f"llm:{what}:raw", {**told, what: raw})
 
@@ -2561,54 +2532,47 @@ class VLLMProvider:
             blocks = _Blocks(self._emit, turn.request_id) if turn.wants_events else None
             stream = self._start(turn)
             try:
-                async with self._place():
-                    await self._follow(stream, blocks)
+                await self._follow(stream, blocks)
                 reply = stream.completion
                 for calls in _OPTIONS.get()[1]:
                     calls.append(reply)
                 return reply, _to_response(reply, stream._reply.degradation, turn.params)
-            except BaseException as error:  # noqa: BLE001  # raised again there, unless there is another attempt
+            except BaseException as error:
                 if blocks:
                     await blocks.abort(self._told(error))
-                delay = self._find_pause(turn, error)
-                failure = error
-            told = {"provider": "vllm", "request_id": turn.request_id, "attempt": turn.retries, "delay": delay}
-            told |= {"max_retries": self.config.max_retries, "error_type": type(failure).__name__}
-            await self._emit("provider:retry", {**told, "error_message": str(failure)})
+                if not isinstance(error, VLLMError) or not error.retryable or turn.retries >= self.config.max_retries:
+                    raise
+                delay = _find_pause_s(self.config, error, turn.retries + 1, turn.left_s(), turn.deadline)
+                turn.retries += 1
+                told = {"provider": "vllm", "request_id": turn.request_id, "attempt": turn.retries, "delay": delay}
+                told |= {"max_retries": self.config.max_retries, "error_type": type(error).__name__}
+                told["error_message"] = str(error)
+            await self._emit("provider:retry", told)
             await asyncio.sleep(delay)
 
-    def _find_pause(self, turn: "_Turn", error: BaseException) -> float:
-        """Return the seconds to wait before another attempt; raise the error if there is to be none."""
-        if not isinstance(error, VLLMError) or not error.retryable or turn.retries >= self.config.max_retries:
-            raise error
-        wait = error.retry_after or 0.0
-        delay = _backoff_s(turn.retries + 1, self.config.max_retry_delay, wait)
-        if wait > self.config.max_retry_delay:
-            raise error
-        if delay >= turn.left_s():
-            raise _no_time_left(error, turn.deadline) from error
-        turn.retries += 1
-        return delay
-
     async def _follow(self, stream: Stream, blocks: "_Blocks | None") -> None:
-        """Read the stream to its end in a thread, and show its deltas."""
+        """Wait for one of the running loop's places, read the stream to its end in a thread, and show its deltas."""
         import asyncio
 
-        if self._is_cancelled():  # while it waited for its place
-            raise AbortError("the session was cancelled")
-        relay = _Relay()
-        read: Callable[[Stream], Any] = relay.read if blocks else partial(collections.deque, maxlen=0)
-        reading = asyncio.ensure_future(asyncio.to_thread(read, stream))
-        try:
-            while blocks is not None and (batch := await relay.take()):
-                await blocks.show(batch)
-            await reading
-            if blocks is not None:
-                await blocks.end()
-        except BaseException:
-            stream.cancel()
-            reading.cancel()
-            raise
+        loop = asyncio.get_running_loop()
+        if self._places[0] is not loop:
+            self._places = (loop, asyncio.Semaphore(self.config.max_concurrency))
+        async with self._places[1]:
+            if self._is_cancelled():  # while it waited for its place
+                raise AbortError("the session was cancelled")
+            relay = _Relay(loop, asyncio.Event())
+            read: Callable[[Stream], Any] = relay.read if blocks else partial(collections.deque, maxlen=0)
+            reading = asyncio.ensure_future(asyncio.to_thread(read, stream))
+            try:
+                while blocks is not None and (batch := await relay.take()):
+                    await blocks.show(batch)
+                await reading
+                if blocks is not None:
+                    await blocks.end()
+            except BaseException:
+                stream.cancel()
+                reading.cancel()
+                raise
 
     def _start(self, turn: "_Turn") -> Stream:
         """Return the Stream of one attempt; nothing is sent before it is read."""
@@ -2620,19 +2584,9 @@ class VLLMProvider:
         stream._call.attempt = turn.retries
         return stream
 
-    def _place(self) -> Any:
-        """Return the semaphore that bounds the calls in flight, of the running loop."""
-        import asyncio
-
-        loop = asyncio.get_running_loop()
-        if self._places[0] is not loop:
-            self._places = (loop, asyncio.Semaphore(self.config.max_concurrency))
-        return self._places[1]
-
     async def _emit(self, name: str, payload: dict[str, Any]) -> None:
         """Emit an event; a hook that fails is logged, since it must not fail the call."""
-        hooks = getattr(self.coordinator, "hooks", None)
-        if hooks is not None:
+        if (hooks := getattr(self.coordinator, "hooks", None)) is not None:
             try:
                 await hooks.emit(name, payload)
             except Exception as error:  # noqa: BLE001  # whatever a hook does
@@ -2642,14 +2596,12 @@ class VLLMProvider:
         """Return the kernel's error of the same name, or of its nearest parent there."""
         from amplifier_core import llm_errors
 
-        names = [kind.__name__ for kind in type(error).__mro__ if hasattr(llm_errors, kind.__name__)]
-        kind: Callable[..., Exception] = getattr(llm_errors, names[0] if names else "LLMError")
-        options: dict[str, Any] = {"provider": "vllm", "model": model, "status_code": error.status_code}
+        names = (kind.__name__ for kind in type(error).__mro__ if hasattr(llm_errors, kind.__name__))
+        kind: Callable[..., Exception] = getattr(llm_errors, next(names, "LLMError"))
+        options = {"provider": "vllm", "model": model, "status_code": error.status_code, "retryable": error.retryable}
         if isinstance(error, InvalidToolCallError):
-            options |= {"tool_name": error.tool_name, "raw_arguments": error.raw_arguments}
-        else:
-            options["retry_after"] = error.retry_after
-        return kind(str(error), retryable=error.retryable, **options)
+            return kind(str(error), tool_name=error.tool_name, raw_arguments=error.raw_arguments, **options)
+        return kind(str(error), retry_after=error.retry_after, **options)
 
 
 class _Turn:
@@ -2674,10 +2626,8 @@ class _Turn:
 class _Relay:
     """Carries deltas from the thread that reads to the event loop; what comes while a hook is busy is one batch."""
 
-    def __init__(self) -> None:
-        import asyncio
-
-        self._loop, self._ready, self._lock = asyncio.get_running_loop(), asyncio.Event(), threading.Lock()
+    def __init__(self, loop: Any, ready: Any) -> None:
+        self._loop, self._ready, self._lock = loop, ready, threading.Lock()
         self._waiting: list[Delta] = []
         self._is_over = False
 
@@ -2703,8 +2653,7 @@ class _Relay:
             self._ready.clear()
             await self._ready.wait()
         with self._lock:
-            batch = self._waiting.copy()
-            self._waiting.clear()
+            batch, self._waiting = self._waiting, []
         return batch
 
 
@@ -2765,13 +2714,12 @@ def _to_params(request: Any, options: Mapping[str, Any]) -> dict[str, Any]:
     names = ("temperature", "top_p", "stop", "tool_choice", "reasoning_effort", "timeout", "model", "tools")
     told = {name: getattr(request, name, None) for name in (*names, "response_format", "max_output_tokens")}
     params: dict[str, Any] = {}
+    not_sent = ("metadata", "stream", "conversation_id")
     for layer in (_OPTIONS.get()[0], request.model_extra or {}, told, options):
-        given = {name: value for name, value in layer.items() if value is not None}
+        given = {name: value for name, value in layer.items() if value is not None and name not in not_sent}
         if not given.keys().isdisjoint(MAX_TOKENS_NAMES):
             params = {name: value for name, value in params.items() if name not in MAX_TOKENS_NAMES}
         params |= {"max_tokens" if name == "max_output_tokens" else name: value for name, value in given.items()}
-    for name in ("metadata", "stream", "conversation_id"):
-        params.pop(name, None)
     params["tools"] = [_to_wire_tool(tool) for tool in params.get("tools") or ()] or None
     if params["tools"] is None:
         params.pop("tool_choice", None)  # a 400 without tools
@@ -2783,9 +2731,8 @@ def _to_params(request: Any, options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _to_wire_tool(tool: Any) -> dict[str, Any]:
-    if isinstance(tool, Mapping):
-        return dict(tool) if "function" in tool else {"type": "function", "function": dict(tool)}
-    return {"type": "function", "function": tool.model_dump(exclude_none=True)}
+    told = dict(tool) if isinstance(tool, Mapping) else tool.model_dump(exclude_none=True)
+    return told if "function" in told else {"type": "function", "function": told}
 
 
 def _to_wire_format(wanted: Any) -> Any:
@@ -2858,16 +2805,14 @@ def _to_wire_calls(message: Any, blocks: Sequence[Any]) -> list[dict[str, Any]]:
 
 def _to_json_text(value: Any) -> str:
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
-    try:
+    with suppress(UnicodeEncodeError):
         text.encode()
-    except UnicodeEncodeError:  # half a character, which the model wrote as an escape
-        text = json.dumps(value, default=str)
-    return text
+        return text
+    return json.dumps(value, default=str)  # half a character, which the model wrote as an escape
 
 
 def _to_wire_result(call_id: str, content: Any, name: str | None) -> dict[str, Any]:
-    named = {"name": name} if name else {}
-    return {"role": "tool", "tool_call_id": call_id, **named, "content": content}
+    return {"role": "tool", "tool_call_id": call_id, **({"name": name} if name else {}), "content": content}
 
 
 def _repair(messages: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[dict[str, str]]]:
@@ -2916,18 +2861,9 @@ def _to_response(reply: Completion, degradation: Mapping[str, str] | None, param
 
 def _to_usage_payload(usage: Usage | None) -> dict[str, Any]:
     counted = usage or Usage(0, 0, 0)
-    optional = {"cache_read_tokens": counted.cached_tokens, "reasoning_tokens": counted.reasoning_tokens}
-    known = {name: value for name, value in optional.items() if value is not None}
-    tokens = {"input_tokens": counted.input_tokens, "output_tokens": counted.output_tokens}
-    return {"usage": {**tokens, **known, "cost_usd": None}}
-
-
-def _truncated(value: Any, length: int) -> Any:
-    if isinstance(value, str):
-        return value if len(value) <= length else f"{value[:length]}… ({len(value)} characters)"
-    if isinstance(value, Mapping):
-        return {name: _truncated(item, length) for name, item in value.items()}
-    return [_truncated(item, length) for item in value] if isinstance(value, list) else value
+    told: dict[str, Any] = {"input_tokens": counted.input_tokens, "output_tokens": counted.output_tokens}
+    told |= {"cache_read_tokens": counted.cached_tokens, "reasoning_tokens": counted.reasoning_tokens}
+    return {"usage": {**{name: value for name, value in told.items() if value is not None}, "cost_usd": None}}
 
 
 # ---- Command line -----------------------------------------------------------
@@ -2979,9 +2915,8 @@ def _read_arguments(argv: Sequence[str] | None) -> dict[str, Any]:
     for flag in ("--max-tokens", "--temperature", "--seed", "--logprobs"):
         asking.add_argument(flag, metavar="N")
     asking.add_argument("--stop", action="append", metavar="TEXT", help="may be repeated")
-    asking.add_argument(
-        "--param", action="append", metavar="NAME=JSON", help="any parameter of vLLM's; may be repeated"
-    )
+    told = "any parameter of vLLM's; may be repeated"
+    asking.add_argument("--param", action="append", metavar="NAME=JSON", help=told)
     asking.add_argument("--no-stream", action="store_true", help="print the reply when it is whole")
     asking.add_argument("--json", action="store_true", help="print the whole Completion as JSON")
     parser = argparse.ArgumentParser(
@@ -3058,20 +2993,6 @@ def _read_param(param: str) -> tuple[str, Any]:
     except ValueError as error:
         told = f"--param must be NAME=JSON, like top_k=5 or stop='[\"END\"]', got {param!r}"
         raise ConfigurationError(told) from error
-
-
-def _to_json(value: Any, renamed: Mapping[str, str] | None = None) -> Any:
-    """Return values of this module as what JSON can hold: -inf as vLLM's -9999.0, bytes as a list. `renamed`: keys."""
-    names = getattr(value, "_fields", getattr(value, "__dataclass_fields__", None))
-    if names is not None:
-        value = {name: getattr(value, name) for name in names}
-    if isinstance(value, Mapping):
-        return {(renamed or {}).get(name, name): _to_json(item, renamed) for name, item in value.items()}
-    if isinstance(value, list | tuple | bytes):
-        return [_to_json(item, renamed) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return SENTINEL_LOGPROB if value < 0 else None
-    return value
 
 
 class _Printer:
