@@ -109,6 +109,16 @@ VLLM_PARAMETERS: Final = frozenset(  # only to tell a misplaced parameter from a
     " thinking_token_budget tool_choice tools top_k top_logprobs truncate_prompt_tokens truncation_side"
     " use_beam_search user vllm_xargs watermarking".split()
 )
+CANCEL_POLL_S: Final = 0.1  # the kernel's session does not cancel the task that waits for us
+DISCOVERY_S: Final = 5.0
+SPARE_THREADS: Final = 512  # for the host, DNS and further providers; a thread starts only when none is idle
+MAX_TOKENS_NAMES: Final = ("max_tokens", "max_completion_tokens", "max_output_tokens")
+MISSING_RESULT: Final = "[SYSTEM ERROR: Tool result missing from conversation history] The call may have run or not."
+_EVENTS: Final = (
+    "llm:request llm:response provider:retry provider:tool_sequence_repaired llm:stream_block_start"
+    " llm:stream_block_delta llm:stream_block_end llm:stream_aborted llm:request:debug llm:response:debug"
+    " llm:request:raw llm:response:raw".split()
+)
 CALL_LIMITS: Final = ("timeout", "stream_idle_timeout", "deadline")  # keywords of a call that are not sent
 
 # ---- Errors -----------------------------------------------------------------
@@ -2261,16 +2271,6 @@ class Stream(Iterator[Delta]):
 #
 # Vocabulary, events and asyncio.to_thread around the client; amplifier_core is imported where it is used.
 
-CANCEL_POLL_S: Final = 0.1  # the kernel's session does not cancel the task that waits for us
-DISCOVERY_S: Final = 5.0
-SPARE_THREADS: Final = 512  # for the host, DNS and further providers; a thread starts only when none is idle
-MAX_TOKENS_NAMES: Final = ("max_tokens", "max_completion_tokens", "max_output_tokens")
-MISSING_RESULT: Final = "[SYSTEM ERROR: Tool result missing from conversation history] The call may have run or not."
-_EVENTS: Final = (
-    "llm:request llm:response provider:retry provider:tool_sequence_repaired llm:stream_block_start"
-    " llm:stream_block_delta llm:stream_block_end llm:stream_aborted llm:request:debug llm:response:debug"
-    " llm:request:raw llm:response:raw".split()
-)
 _Options = tuple[Mapping[str, Any], tuple[list[Completion], ...]]
 _OPTIONS: Final[ContextVar[_Options]] = ContextVar("vllm_provider_options", default=({}, ()))
 
