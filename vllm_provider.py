@@ -33,7 +33,6 @@ import ssl
 import sys
 import threading
 import time
-import uuid
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager, suppress
 from contextvars import ContextVar
@@ -744,12 +743,18 @@ def _limits(config: VLLMConfig, params: Mapping[str, Any]) -> _Limits:
 # a stop reaches every phase, and a limit holds by the wall clock, without a thread.
 
 
+def _new_id() -> str:
+    import uuid  # which loads `platform` and a dozen patterns
+
+    return str(uuid.uuid4())
+
+
 class _Call:
     """One call's clock and brake. The thread that makes the call reads and closes; any thread may stop it."""
 
     def __init__(self, limits: _Limits, request_id: str | None = None) -> None:
         self.limits = limits
-        self.request_id = request_id or str(uuid.uuid4())
+        self.request_id = request_id or _new_id()
         self.keeps_id = request_id is not None
         self.attempt = self.process = 0
         self.started = self.ends = self.expires = self.must_end = math.inf
@@ -2611,7 +2616,7 @@ class _Turn:
         self.started, self.deadline, self.retries = time.monotonic(), math.inf, 0
         self.params = _to_params(request, options)
         self.messages, self.repairs = _repair(_to_wire_messages(request.messages))
-        self.request_id = str(self.params.get("request_id") or uuid.uuid4())
+        self.request_id = str(self.params.get("request_id") or _new_id())
         self.model: str | None = self.params.get("model") or config.default_model
         metadata = options.get("metadata") or request.metadata or {}
         self.wants_events = config.use_streaming and metadata.get("stream") is not False
