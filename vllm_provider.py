@@ -1907,7 +1907,8 @@ class VLLMClient:
             while True:
                 try:
                     response = self._request(call, "GET", "/health")
-                    return collections.deque(self._transport.read(call, response), maxlen=0).clear()
+                    collections.deque(self._transport.read(call, response), maxlen=0)  # to its end, for the pool
+                    return
                 except (NetworkError, ProviderUnavailableError):
                     if wait <= 0 or time.monotonic() + HEALTH_POLL_S >= call.ends:
                         raise
