@@ -273,6 +273,11 @@ def _require(is_good: bool) -> None:
         raise ValueError
 
 
+def _to_text(value: Any) -> str:
+    _require(isinstance(value, str))
+    return str(value)
+
+
 def _to_number(value: Any, least: float = -sys.float_info.max, most: float = sys.float_info.max) -> float:
     _require(isinstance(value, str | int | float) and not isinstance(value, bool))
     _require(least <= float(value) <= most)  # never true of NaN
@@ -300,7 +305,7 @@ def _to_verify(value: Any) -> bool | str:
     return path if os.path.exists(path) else _FLAGS[str(value).lower()]
 
 
-_text = _check("a string", lambda value: str.strip(value) and value)
+_text = _check("a string", _to_text)
 _flag = _check("true or false", lambda value: _FLAGS[str(value).strip().lower()])
 _number = _check("a number", _to_number)
 _seconds = _check("a positive number of seconds", lambda value: _to_number(value, math.ulp(0.0), math.inf))
@@ -415,9 +420,8 @@ class VLLMConfig:
 
     def __post_init__(self) -> None:
         for spec in fields(self):
-            value = getattr(self, spec.name)
-            value = value if _is_given(value) else os.environ.get(spec.metadata["env"])
-            rule = spec.metadata
+            value, rule = getattr(self, spec.name), spec.metadata
+            value = value if _is_given(value) else os.environ.get(rule["env"])
             checked = rule["check"](spec.name, value) if _is_given(value) else copy.copy(rule["default"])
             object.__setattr__(self, spec.name, checked)
         if self.base_url is None:
@@ -2055,9 +2059,7 @@ class VLLMClient:
 
     def _begin(self, call: _Call, path: str, body: dict[str, Any]) -> requests.Response:
         """Return the open reply to a generation. Names the model, and lowers a max_tokens that does not fit."""
-        if "model" not in body and (model := self._model(call)):
-            body = {"model": model, **body}
-        lowerings = 0
+        body, lowerings = self._with_model(call, body), 0
         while True:
             try:
                 return self._request(call, "POST", path, body)
@@ -2124,6 +2126,10 @@ class VLLMClient:
         with self._transport.call(call):
             return self._models(call)
 
+    def _with_model(self, call: _Call, body: dict[str, Any]) -> dict[str, Any]:
+        name = body.get("model") or self._model(call)
+        return {**body, "model": name} if name else body
+
     def _model(self, call: _Call) -> str:
         """Return the model to name: the configured one, or the server's first; "" if a gateway hides them."""
         if self.config.default_model is not None:
@@ -2166,8 +2172,7 @@ class VLLMClient:
         return len(self._tokenize(call, source, {name: body[name] for name in names if name in body})["tokens"])
 
     def _ask_tokenizer(self, call: _Call, path: str, body: dict[str, Any]) -> dict[str, Any]:
-        if "model" not in body and (model := self._model(call)):
-            body = {"model": model, **body}
+        body = self._with_model(call, body)
         try:
             return self._fetch(call, "POST", path, body)
         except NotFoundError as error:
@@ -2364,7 +2369,7 @@ class VLLMProvider:
         """Return the kernel's ProviderInfo."""
         from amplifier_core import ConfigField, ProviderInfo
 
-        limits = self._limits(self.default_model)
+        limits = self._budget(self.default_model)
         known = {"context_window": limits[0], "max_output_tokens": limits[1]} if limits else {}
 
         def ask(key: str, told: str, **more: Any) -> Any:
@@ -2386,7 +2391,7 @@ class VLLMProvider:
     def get_model_info(self) -> Any:
         """Return the kernel's ModelInfo of the default model; None, with one warning, while a limit is unknown."""
         model = self.default_model or self.client._served_model or ""
-        limits = self._limits(model)
+        limits = self._budget(model)
         if limits is None and not self._has_warned:
             self._has_warned = True
             logger.warning("the context window is unknown, so history is not compacted to it: set context_window")
@@ -2398,7 +2403,7 @@ class VLLMProvider:
             cards = await self._list(self.config.timeout)
         except VLLMError as error:
             raise self._to_kernel_error(error, None) from error
-        return [self._to_model_info(card.id, *(self._limits(card.id) or (0, 0))) for card in cards]
+        return [self._to_model_info(card.id, *(self._budget(card.id) or (0, 0))) for card in cards]
 
     def parse_tool_calls(self, response: Any) -> list[Any]:
         """Return the tool calls of a response."""
@@ -2414,7 +2419,7 @@ class VLLMProvider:
         able = ["tools", "thinking", "streaming", "json_mode"]
         return ModelInfo(id=model, display_name=model, context_window=window, max_output_tokens=most, capabilities=able)
 
-    def _limits(self, model: str | None) -> tuple[int, int] | None:
+    def _budget(self, model: str | None) -> tuple[int, int] | None:
         """Return the context window and the largest output to plan with, in tokens, never above the server's."""
         wanted = model or self.client._served_model
         served = (card.max_model_len for card in self.client._cards if card.id == wanted)
@@ -2479,7 +2484,7 @@ class VLLMProvider:
                 await self._emit_debug("response", turn, reply, result)
             return response
         except BaseException as error:
-            result |= {"error": str(error) or "cancelled", "error_type": type(self._told(error)).__name__}
+            result |= {"error": str(error) or "cancelled", "error_type": type(self._as_abort(error)).__name__}
             if isinstance(error, VLLMError):
                 raise self._to_kernel_error(error, turn.model) from error
             raise
@@ -2487,8 +2492,8 @@ class VLLMProvider:
             elapsed = {"duration_ms": int((time.monotonic() - turn.started) * 1000), "retries": turn.retries}
             await self._emit("llm:response", {**turn.names(), **elapsed, **result})
 
-    def _told(self, error: BaseException) -> BaseException:
-        """Return the error to tell of: a session's cancellation comes as the task's."""
+    def _as_abort(self, error: BaseException) -> BaseException:
+        """Return AbortError for the cancellation of a session, which comes here as its task's; else the error."""
         is_session = not isinstance(error, Exception) and self._is_cancelled()
         return AbortError("the session was cancelled") if is_session else error
 
@@ -2502,7 +2507,7 @@ class VLLMProvider:
         finally:
             turn.model = turn.model or self.client._served_model or "unknown"
             await self._announce(turn)
-        if not (is_asked or self.client._cards or self._is_unlisted) and self._limits(turn.model) is None:
+        if not (is_asked or self.client._cards or self._is_unlisted) and self._budget(turn.model) is None:
             await self._discover(turn.left_s())
 
     async def _announce(self, turn: "_Turn") -> None:
@@ -2545,7 +2550,7 @@ class VLLMProvider:
                 return reply, _to_response(reply, stream._reply.degradation, turn.params)
             except BaseException as error:
                 if blocks:
-                    await blocks.abort(self._told(error))
+                    await blocks.abort(self._as_abort(error))
                 if not isinstance(error, VLLMError) or not error.retryable or turn.retries >= self.config.max_retries:
                     raise
                 delay = _find_pause_s(self.config, error, turn.retries + 1, turn.left_s(), turn.deadline)
