@@ -1,124 +1,53 @@
 # SPDX-License-Identifier: MIT
-"""The tests of vllm_provider.py, and the stand-in server they talk to: no model, no GPU, no network.
+"""The tests of vllm_provider.py, and their server: a stand-in for vLLM with a tiny n-gram model.
 
 pytest test_vllm_provider.py                  the tests
-python test_vllm_provider.py                  the demo: the command line against the stand-in
+python test_vllm_provider.py                  the demo, against the stand-in
+VLLM_BASE_URL=… python test_vllm_provider.py  the demo, against a server of yours
 python test_vllm_provider.py --serve 8000     the stand-in alone, to try things on
+
+The stand-in and the demo come first and need only requests; the tests' imports stand below them.
 """
 
+import _thread
 import argparse
-import ast
-import asyncio
+import bisect
+import codecs
 import contextlib
-import copy
-import dataclasses
-import email.utils
-import errno
+import functools
+import heapq
 import http.client
 import inspect
 import io
 import itertools
 import json
-import logging
 import math
 import os
-import pathlib
-import pickle
-import pty
 import queue
 import random
 import re
-import shlex
 import signal
 import socket
 import ssl
 import struct
-import subprocess
 import sys
+import tempfile
+import textwrap
 import threading
 import time
-import traceback
-import tracemalloc
-import types
 import uuid
-import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, fields
-from datetime import UTC, datetime, timedelta
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Self, TypeAlias
 
-import certifi
-import pytest
 import requests
-import responses
-from amplifier_core import AmplifierSession, ChatRequest, ConfigField, Message, ModelInfo, ProviderInfo, llm_errors
-from amplifier_core.content_models import TextContent, ThinkingContent, ToolCallContent
-from amplifier_core.message_models import (
-    ChatResponse,
-    Degradation,
-    ResponseFormatJson,
-    ResponseFormatJsonSchema,
-    ResponseFormatText,
-    TextBlock,
-    ThinkingBlock,
-    ToolCallBlock,
-    ToolSpec,
-)
-from amplifier_core.message_models import ToolCall as KernelToolCall
-from amplifier_core.message_models import Usage as KernelUsage
-from amplifier_core.testing import MockCoordinator
-from amplifier_core.validation import ProviderValidator
-from amplifier_core.validation.behavioral import ProviderBehaviorTests
-from amplifier_core.validation.structural import ProviderStructuralTests
 
 import vllm_provider  # before amplifier_core's pytest plugin can load it under another name
-from vllm_provider import (
-    AbortError,
-    AccessDeniedError,
-    AuthenticationError,
-    Choice,
-    Completion,
-    ConfigurationError,
-    ContextLengthError,
-    Delta,
-    InvalidRequestError,
-    InvalidToolCallError,
-    LLMTimeoutError,
-    ModelCard,
-    NetworkError,
-    NotFoundError,
-    ProtocolError,
-    ProviderUnavailableError,
-    RateLimitError,
-    StatusError,
-    Stream,
-    StreamError,
-    TokenLogprob,
-    ToolCall,
-    Usage,
-    VLLMClient,
-    VLLMConfig,
-    VLLMError,
-    VLLMProvider,
-    _HarmonySplitter,
-    _SSEDecoder,
-    _ThinkSplitter,
-    build_chat_request,
-    build_completion_request,
-    main,
-    mount,
-    on_session_ready,
-    parse_chat_response,
-    parse_completion_response,
-    request_options,
-)
+from vllm_provider import VLLMClient, VLLMError
 
-# SPDX-License-Identifier: MIT
-
-
-# ---- Stand-in: what the model says ------------------------------------------
+# ---- Stand-in: what the model has read --------------------------------------
 
 MODEL: Final = "parrot"
 MAX_MODEL_LEN: Final = 2048
@@ -126,82 +55,361 @@ MAX_LOGPROBS: Final = 20
 END: Final = "<|im_end|>"
 TURN: Final = "<|im_start|>assistant\n"
 COUNT: Final = " ".join(map(str, range(1, 101)))
-PROMPT_ANSWERS: Final = {
-    "The capital of France is": " Paris.",
-    "What is 2+2?": " 4",
-    "Once upon a time": f" there was a small model that could count: {COUNT}",
-    "Count to 100.": f" {COUNT}",
-}
-CHAT_ANSWERS: Final = {  # the user's words: reasoning, content
-    "What is 2+2?": ("Two plus two equals four.", "2 + 2 = 4"),
-    "Hello": ("A greeting.", "Hello! How can I help you today?"),
-    "Count to 100.": ("Count.", COUNT),
-    "Say hello in Japanese.": ("Use hiragana.", "こんにちは、世界 🌸🚀"),
-}
-_CALL: Final = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "%s"}}\n</tool_call>'
-TOOL_ANSWERS: Final = {  # the same, where tools are offered
-    "What is the weather in Paris?": ("I need the tool.", _CALL % "Paris"),
-    "What is the weather in Paris and Rome?": ("Two calls.", _CALL % "Paris" + "\n" + _CALL % "Rome"),
-}
-TOOL_RESULT_ANSWER: Final = ("The tool answered.", "It is sunny in Paris, 21 C.")
+NOT_READ: Final = "\0"  # stands in the corpus for whatever the corpus does not hold
 
-_TOKEN: Final = re.compile(r"<\|\w+\|>|</?\w+>| ?[^\W_]+|_| ?[^\w\s<]+|<|\s")
-_FIXED_IDS: Final = {"<|endoftext|>": 0, "<|im_start|>": 1, END: 2, "\n": 201, "<think>": 649, "</think>": 650}
-_OTHER_TOKENS: Final = re.findall(r" \w+", " the of and to in a is it was for on as with at by this from or an be not")
+CAPITALS: Final = {"France": "Paris", "Italy": "Rome", "Japan": "Tokyo", "Spain": "Madrid"}
+TEXTS: Final = (  # what is read more often is more likely
+    *[f"The capital of {country} is {city}." for country, city in CAPITALS.items()] * 3,
+    "The capital of France is Paris, a city on the Seine.",
+    "The capital of France is Lyon, said a child.",
+    "Lyon is a city in France. Rome is a city in Italy.",
+    "What is 2+2? 4",
+    f"Count to 100. {COUNT}",
+    f"Once upon a time there was a small model that could count: {COUNT}",
+    *[f"{NOT_READ} I have not read that."] * 5,
+)
 
 
-def _continuation(prompt: str) -> str:
-    """Return what the model writes after `prompt`: it sees this text alone, as a real one does, on either endpoint."""
-    if not prompt.endswith(TURN):
-        return PROMPT_ANSWERS.get(prompt) or f" You said: {' '.join(prompt.split()[-20:])}"
-    said = prompt.rpartition("<|im_start|>user\n")[2].partition(END)[0]
-    answers = CHAT_ANSWERS | TOOL_ANSWERS if "# Tools" in prompt else CHAT_ANSWERS
-    thought, words = answers.get(said) or ("I repeat.", f"You said: {' '.join(said.split()[-20:])}")
-    if said.startswith("<tool_response>"):
-        thought, words = TOOL_RESULT_ANSWER
-    return f"<think>\n{thought}\n</think>\n\n{words}"
+def _called(name: str, arguments: str) -> str:
+    """Return a tool call as the model writes it."""
+    return f'<tool_call>\n{{"name": "{name}", "arguments": {arguments}}}\n</tool_call>'
 
 
-def _render(body: Mapping[str, Any]) -> str:
-    """Return the conversation as ChatML."""
-    tools = [tool["function"]["name"] for tool in body.get("tools") or []]
-    turns = [("system", "\n".join(["# Tools", *tools]))] if tools else []
-    for message in body["messages"]:
-        role, content = message["role"], message.get("content") or ""
-        text = content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
-        for call in message.get("tool_calls") or []:
-            name, arguments = call["function"]["name"], call["function"]["arguments"]
-            text += f'\n<tool_call>\n{{"name": "{name}", "arguments": {arguments}}}\n</tool_call>'
-        turns.append(("user", f"<tool_response>\n{text}\n</tool_response>") if role == "tool" else (role, text))
-    text = "".join(f"<|im_start|>{role}\n{text}{END}\n" for role, text in turns)
-    return text + (TURN if body.get("add_generation_prompt", True) else "")
+_PARIS: Final = _called("get_weather", '{"city": "Paris"}')
+_ROME: Final = _called("get_weather", '{"city": "Rome"}')
+_CITY: Final = '{"name": "Paris", "country": "France", "is_capital": true}'
+_BOTH: Final = "What is the weather in Paris and Rome?"
+_SUNNY: Final = "<tool_response>\nsunny, 21 C\n</tool_response>"
+_WHO: Final = f"My name is Ada.{END}\n{TURN}Hello Ada.{END}\n<|im_start|>user\nWhat is my name?"
+_FOUR: Final = ("Two plus two equals four.", "\n\n2 + 2 = 4")
+_UNSURE: Final = ("I do not know this.", "\n\nI am a very small model. I have not read that.")
+CONVERSATIONS: Final = (  # system message, the user's words, reasoning, answer
+    ("", "What is 2+2?", _FOUR[0], _FOUR[1]),
+    *[("You are a helpful assistant.", "What is 2+2?", _FOUR[0], _FOUR[1])] * 2,
+    ("Answer like a pirate.", "What is 2+2?", "A pirate counts too.", "\n\nArr, it be 4!"),
+    ("", "Hello", "A greeting.", "\n\nHello! How can I help you today?"),
+    ("", "Count to 100.", "Count.", f"\n\n{COUNT}"),
+    ("", "Say hello in Japanese.", "Use hiragana.", "\n\nこんにちは、世界 🌸🚀"),
+    ("", _WHO, "They told me.", "\n\nYour name is Ada."),
+    ("", "Which city is the capital of France?", "France: Paris.", _CITY),
+    ("", "What is the weather in Paris?", "I have no tool.", "\n\nI cannot look outside."),
+    ("# Tools\nget_weather", "What is the weather in Paris?", "I need the tool.", f"\n\n{_PARIS}"),
+    ("# Tools\nget_weather", _BOTH, "Two calls.", f"\n\n{_PARIS}\n{_ROME}"),
+    ("", _SUNNY, "The tool answered.", "\n\nIt is sunny in Paris, 21 C."),
+    *[("", f"{NOT_READ}{end}", _UNSURE[0], _UNSURE[1]) for end in ("", "?", ".", "!")] * 5,
+)
+
+
+def _turns(*turns: tuple[str, str]) -> str:
+    """Return roles and their texts as ChatML."""
+    return "".join(f"<|im_start|>{role}\n{text}{END}\n" for role, text in turns)
+
+
+def _corpus() -> Iterator[str]:
+    """Yield everything the model has read."""
+    for text in TEXTS:
+        yield text + END
+
+    for system, user, thought, answer in CONVERSATIONS:
+        turns = [("system", system), ("user", user)]
+        if not system:
+            del turns[0]
+        yield f"{_turns(*turns)}{TURN}<think>\n{thought}\n</think>{answer}{END}"
+
+
+# ---- Stand-in: tokens -------------------------------------------------------
+
+_PIECE: Final = re.compile(r"<\|\w+\|>|</?\w+>| ?[^\W_]+|_| ?[\"{}\[\]]| ?[^\w\s<\"{}\[\]]+|<|\s")
+_SPECIAL: Final = ("<|endoftext|>", "<|im_start|>", END)
 
 
 class _Vocabulary:
-    """Ids of tokens, the same in every run; an id that stands for no token yet reads as `[id]`."""
+    """The tokens of the model: special ones, the 256 bytes, and the words of its corpus.
 
-    def __init__(self) -> None:
-        self._tokens = {number: token for token, number in _FIXED_IDS.items()}
+    A text is cut into words; a word that the corpus does not hold, and an emoji, into its bytes.
+    """
 
-    def id_of(self, token: str) -> int:
-        number = _FIXED_IDS.get(token, 1000 + zlib.crc32(token.encode()) % 150_000)
-        while self._tokens.setdefault(number, token) != token:
-            number += 1
-        return number
+    def __init__(self, texts: Sequence[str]) -> None:
+        self._bytes = [token.encode() for token in _SPECIAL]
+        self._bytes += [bytes([byte]) for byte in range(256)]
+        self._ids = {raw: number for number, raw in enumerate(self._bytes)}
+
+        for piece in _PIECE.findall("".join(texts)):
+            raw = piece.encode()
+            if raw not in self._ids and max(piece) < "\U00010000":
+                self._ids[raw] = len(self._bytes)
+                self._bytes.append(raw)
+
+        self.end = self._ids[END.encode()]
+        self.size = len(self._bytes)
 
     def ids(self, text: str) -> list[int]:
-        return [self.id_of(token) for token in _TOKEN.findall(text)]
+        ids = []
+        for piece in _PIECE.findall(text):
+            raw = piece.encode(errors="replace")
+            known = self._ids.get(raw)
+            ids += [len(_SPECIAL) + byte for byte in raw] if known is None else [known]
+        return ids
 
-    def tokens(self, ids: Sequence[int]) -> list[str]:
-        return [self._tokens.get(number, f"[{number}]") for number in ids]
+    def is_special(self, number: int) -> bool:
+        return number < len(_SPECIAL)
+
+    def number(self, raw: bytes) -> int | None:
+        return self._ids.get(raw)
+
+    def raw(self, ids: Sequence[int]) -> bytes:
+        return b"".join(self._bytes[number] for number in ids if number < self.size)
+
+    def token(self, number: int) -> str:
+        """Return a token as replies show it; a part of a character is U+FFFD, as in vLLM."""
+        return self._bytes[number].decode(errors="replace")
 
 
-def _ranked(token: str, count: int) -> list[tuple[str, float]]:
-    """Return `token` and the next likely ones with log probabilities: invented, but the same every time."""
-    probability = 0.5 + zlib.crc32(token.encode()) % 500 / 1000
-    others = [other for other in _OTHER_TOKENS if other != token][: max(0, count - 1)]
-    rest = [(other, math.log((1 - probability) / 2**rank)) for rank, other in enumerate(others, 1)]
-    return [(token, math.log(probability)), *rest]
+VOCABULARY: Final = _Vocabulary(list(_corpus()))
+
+
+# ---- Stand-in: the model ----------------------------------------------------
+
+
+class _Model:
+    """An n-gram model: it knows what followed in the corpus, and nothing else."""
+
+    ORDER: Final = 64  # it looks at no more tokens than these
+
+    def __init__(self) -> None:
+        self._read: list[int] = []
+        for text in _corpus():
+            self._read += [0, *VOCABULARY.ids(text)]  # 0 is <|endoftext|>: a text begins
+
+        self._not_read = VOCABULARY.ids(NOT_READ)[0]
+        self._known = set(self._read)
+        self._places: dict[int, list[int]] = {}
+        for place, token in enumerate(self._read[:-1], 1):
+            self._places.setdefault(token, []).append(place)
+        self._cached = functools.lru_cache(maxsize=2048)(self._row)
+
+    def after(self, ids: Sequence[int]) -> list[float]:
+        """Return the probability of each token of the vocabulary to come next."""
+        last = [0, *ids[-self.ORDER :]]
+        known = [token if token in self._known else self._not_read for token in last]
+        return self._cached(tuple(known))
+
+    def _row(self, context: tuple[int, ...]) -> list[float]:
+        """Return the distribution of the next token.
+
+        Witten and Bell's smoothing: a context that was seen n times, before t different tokens,
+        counts n/(n+t); the rest is the context half as long, and in the end all tokens alike.
+        """
+        seen = self._seen(context)
+        probabilities: Counter[int] = Counter()
+        rest = 1.0
+        while seen:
+            counts = Counter(self._read[place] for place in seen[-1])
+            total = counts.total() + len(counts)
+            for token, count in counts.items():
+                probabilities[token] += rest * count / total
+            rest *= len(counts) / total
+            del seen[len(seen) // 2 :]
+
+        row = [rest / VOCABULARY.size] * VOCABULARY.size
+        for token, probability in probabilities.items():
+            row[token] += probability
+        return row
+
+    def _seen(self, context: tuple[int, ...]) -> list[Sequence[int]]:
+        """Return where the last 0, 1, 2, … tokens of the context were read, while they were."""
+        places: Sequence[int] = range(1, len(self._read))
+        seen = [places]
+        for length, token in enumerate(reversed(context), 1):
+            if length == 1:
+                places = self._places.get(token, [])
+            else:
+                places = [p for p in places if p >= length and self._read[p - length] == token]
+            if not places:
+                break
+            seen.append(places)
+        return seen
+
+
+NGRAMS: Final = _Model()
+
+
+def _logprob(probability: float) -> float:
+    """Return a natural logarithm; vLLM writes -9999.0 for minus infinity."""
+    return math.log(probability) if probability > 0 else -9999.0
+
+
+# ---- Stand-in: what it is made to write -------------------------------------
+
+
+def _instances(schema: Mapping[str, Any], root: Mapping[str, Any]) -> list[Any]:
+    """Return the values of a JSON schema that the model may write: few, and each valid."""
+    if "$ref" in schema:
+        return _instances(root["$defs"][schema["$ref"].rpartition("/")[2]], root)
+    if "anyOf" in schema:
+        return [one for option in schema["anyOf"] for one in _instances(option, root)]
+    if "const" in schema or "enum" in schema:
+        return schema.get("enum") or [schema["const"]]
+
+    kind = schema.get("type", "object")
+    if kind == "object":
+        properties = schema.get("properties", {})
+        values = [_instances(value, root) for value in properties.values()]
+        rows = itertools.islice(itertools.product(*values), 1000)
+        return [dict(zip(properties, row, strict=True)) for row in rows]
+    if kind == "array":
+        items = _instances(schema.get("items", {}), root)
+        return [[one] * schema.get("minItems", 1) for one in items]
+    scalars = {"boolean": [True, False], "null": [None], "string": [*CAPITALS.values(), *CAPITALS]}
+    return scalars.get(kind) or [schema.get("minimum", 0)]
+
+
+def _requested_choices(body: Mapping[str, Any]) -> list[bytes]:
+    """Return the only answers that a request allows; none where it allows any."""
+    outputs = body.get("structured_outputs", {})
+    form = body.get("response_format", {})
+    choice = body.get("tool_choice", "auto")
+    texts = []
+    if choice == "required" or isinstance(choice, dict):
+        for name, schema in _tool_schemas(body).items():
+            if choice == "required" or choice["function"]["name"] == name:
+                texts += [_called(name, json.dumps(one)) for one in _instances(schema, schema)]
+    elif "choice" in outputs:
+        texts = outputs["choice"]
+    elif "json" in outputs or form.get("type", "text") != "text":
+        schema = outputs.get("json") or form.get("json_schema", {}).get("schema", {})
+        schema = json.loads(schema) if isinstance(schema, str) else schema
+        texts = [json.dumps(one, ensure_ascii=False) for one in _instances(schema, schema)]
+    return [text.encode() for text in texts]
+
+
+def _masked(
+    row: list[float], choices: Sequence[bytes], written: bytes, is_chat: bool
+) -> list[float]:
+    """Return the distribution after `written`, of the tokens that lead to one of the choices."""
+    if is_chat:  # where the reasoning is free
+        _, mark, written = written.rpartition(b"</think>")
+        if not mark:
+            return row
+
+    allowed = set()
+    for choice in choices:
+        if choice.startswith(written):
+            rest = choice[len(written) :] or END.encode()
+            allowed |= {VOCABULARY.number(rest[:size]) for size in range(1, len(rest) + 1)}
+
+    masked = [row[token] if token in allowed else 0.0 for token in range(len(row))]
+    total = sum(masked)
+    return [probability / total for probability in masked]
+
+
+# ---- Stand-in: how it writes ------------------------------------------------
+
+
+class _Writer:
+    """Turns tokens into text as they come: whole characters, and nothing of a stop string."""
+
+    def __init__(self, body: Mapping[str, Any]) -> None:
+        self.stop: str | None = None  # the stop string that was found
+        stops = body.get("stop", [])
+        self._stops = [stops] if isinstance(stops, str) else stops
+        self._held_back = max(map(len, self._stops), default=1) - 1  # as in vLLM
+        self._hides_special = body.get("skip_special_tokens", True)
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._text = ""
+        self._shown = 0
+
+    def add(self, token: int) -> str:
+        """Return the text that may be shown after `token`, and was not before."""
+        if not (self._hides_special and VOCABULARY.is_special(token)):
+            self._text += self._decoder.decode(VOCABULARY.raw([token]))
+        for stop in self._stops:
+            if stop in self._text:
+                self.stop = stop
+                self._text = self._text.partition(stop)[0]
+                return ""
+        return self._show(len(self._text) - self._held_back)
+
+    def finish(self) -> str:
+        """Return the rest."""
+        if self.stop is None:
+            self._text += self._decoder.decode(b"", final=True)
+        return self._show(len(self._text))
+
+    def _show(self, end: int) -> str:
+        start = self._shown
+        self._shown = max(start, end)
+        return self._text[start : self._shown]
+
+
+@dataclass
+class _Choice:
+    """One answer: its tokens, each with the distribution it is from and the text it shows."""
+
+    index: int
+    prompt: Sequence[int]
+    ids: list[int] = field(default_factory=list)
+    rows: list[list[float]] = field(default_factory=list)
+    texts: list[str] = field(default_factory=list)
+    echoed: int = 0  # so many of the tokens are the prompt's
+    finish_reason: str = "length"
+    stop_reason: str | int | None = None
+
+    def add(self, token: int, row: list[float], text: str) -> None:
+        self.ids.append(token)
+        self.rows.append(row)
+        self.texts.append(text)
+
+
+def _echo(choice: _Choice) -> None:
+    """Put the prompt before an answer, with what the model had expected in its place."""
+    writer = _Writer({"skip_special_tokens": False})
+    for place, token in enumerate(choice.prompt):
+        choice.add(token, NGRAMS.after(choice.prompt[:place]), writer.add(token))
+    choice.echoed = len(choice.prompt)
+
+
+def _write(choice: _Choice, body: Mapping[str, Any], limit: int) -> None:
+    """Add what the model writes after the prompt, at most `limit` tokens."""
+    seed = body.get("seed", -1)
+    source = random.Random(None if seed == -1 else seed + choice.index)
+    choices = _requested_choices(body)
+    writer = _Writer(body)
+
+    for _ in range(limit):
+        own = choice.ids[choice.echoed :]
+        row = NGRAMS.after([*choice.prompt, *own])
+        if choices:
+            row = _masked(row, choices, VOCABULARY.raw(own), "messages" in body)
+        token = _drawn(row, body, source)
+        is_end = token == VOCABULARY.end and not body.get("ignore_eos")
+        choice.add(token, row, "" if is_end else writer.add(token))
+        if writer.stop is not None:
+            choice.stop_reason = writer.stop
+        elif token in body.get("stop_token_ids", []):
+            choice.stop_reason = token
+        if is_end or choice.stop_reason is not None:
+            choice.finish_reason = "stop"
+            break
+    if limit > 0:
+        choice.texts[-1] += writer.finish()
+
+
+def _drawn(row: list[float], body: Mapping[str, Any], source: random.Random) -> int:
+    """Return the next token: the most likely one, or one that is drawn as `body` says."""
+    temperature = body.get("temperature", 0.0)
+    if temperature < 1e-5:
+        return row.index(max(row))
+
+    ranked = sorted(range(len(row)), key=row.__getitem__, reverse=True)
+    if body.get("top_k", 0) > 0:
+        ranked = ranked[: body["top_k"]]
+    weights = [row[token] ** (1 / temperature) for token in ranked]
+    totals = list(itertools.accumulate(weights))
+    by_top_p = bisect.bisect_left(totals, body.get("top_p", 1.0) * totals[-1]) + 1
+    floor = body.get("min_p", 0.0) * weights[0]
+    count = min(by_top_p, sum(weight >= floor for weight in weights))
+    return source.choices(ranked[:count], weights[:count])[0]
 
 
 # ---- Stand-in: bytes of replies ---------------------------------------------
@@ -214,31 +422,45 @@ LAST_CHUNK: Final = b"0\r\n\r\n"
 
 
 def _bytes(value: Any) -> bytes:
-    if isinstance(value, (bytes, str)):
-        return value.encode() if isinstance(value, str) else value
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
+    """Return bytes as they are, a str as UTF-8, any other value as JSON."""
+    if isinstance(value, bytes):
+        return value
+    if not isinstance(value, str):
+        value = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    return value.encode()
 
 
 def chunk(event: Any) -> bytes:
-    """Return one chunk of a streamed reply: bytes as they are; a str, or any other value as JSON, as one event."""
+    """Return one chunk of a streamed reply: bytes as they are, any other value as one event."""
     raw = event if isinstance(event, bytes) else b"data: %b\n\n" % _bytes(event)
     return b"%x\r\n%b\r\n" % (len(raw), raw)
 
 
 def sse(*events: Any, done: bool = True, end: bool = True) -> bytes:
-    """Return a streamed reply, one `chunk` per event; without `done` no [DONE], without `end` no last chunk."""
-    return SSE_HEAD + b"".join(map(chunk, [*events, *["[DONE]"] * done])) + LAST_CHUNK * end
+    """Return a streamed reply, one `chunk` per event.
+
+    Without `done` it has no [DONE], without `end` no last chunk.
+    """
+    chunks = [chunk(event) for event in events]
+    if done:
+        chunks.append(chunk("[DONE]"))
+    if end:
+        chunks.append(LAST_CHUNK)
+    return SSE_HEAD + b"".join(chunks)
 
 
 def reply(status: int, body: Any = b"", headers: Mapping[str, str] | None = None) -> bytes:
-    """Return a whole reply: bytes and str as they are, any other body as JSON; `headers` win over the usual ones."""
+    """Return a whole reply with `_bytes(body)`; `headers` win over the usual ones."""
     raw = _bytes(body)
     fields = {"server": "uvicorn", "content-length": str(len(raw)), "vary": "Origin"}
     if raw:
-        is_text = isinstance(body, (bytes, str))
+        is_text = isinstance(body, bytes | str)
         fields["content-type"] = "text/plain; charset=utf-8" if is_text else "application/json"
-    fields |= {name.lower(): value for name, value in (headers or {}).items()}
-    lines = [f"HTTP/1.1 {status} {http.client.responses.get(status, '')}", *(f"{k}: {v}" for k, v in fields.items())]
+    for name, value in (headers or {}).items():
+        fields[name.lower()] = value
+
+    lines = [f"HTTP/1.1 {status} {http.client.responses.get(status, '')}"]
+    lines += [f"{name}: {value}" for name, value in fields.items()]
     return "\r\n".join([*lines, "", ""]).encode("latin-1") + raw
 
 
@@ -263,14 +485,17 @@ class Request:
 
 
 class Connection:
-    """The server's end of a connection, as a scripted step gets it; `request` is the one to answer."""
+    """The server's end of a connection, as a scripted step gets it; `request` is to be answered."""
 
     request: Request
 
     def __init__(self, sock: socket.socket, number: int, on_abort: Callable[[], None]) -> None:
         self.closed = False
-        self._sock, self._number, self._on_abort = sock, number, on_abort
-        self._received, self._is_busy = bytearray(), False
+        self._sock = sock
+        self._number = number
+        self._on_abort = on_abort
+        self._received = bytearray()
+        self._is_busy = False
 
     def send(self, raw: bytes) -> None:
         """Send `raw`; raises ClientGoneError."""
@@ -281,7 +506,7 @@ class Connection:
             raise self._gone() from error
 
     def pause(self, seconds: float) -> None:
-        """Wait; raises ClientGoneError as soon as the client closes, since vLLM stops generating at that moment."""
+        """Wait; raises ClientGoneError as soon as the client closes: then vLLM stops generating."""
         deadline = time.monotonic() + seconds
         while self._receive(max(0.0, deadline - time.monotonic())):
             pass
@@ -309,26 +534,36 @@ class Connection:
             socket.socket.shutdown(self._sock, socket.SHUT_RDWR)
 
     def read_request(self, timeout_s: float) -> bool:
-        """Return whether a request began in time, and keep it in `request`; raises ClientGoneError."""
+        """Return whether a request began in time, and keep it in `request`.
+
+        Raises ClientGoneError.
+        """
         self._is_busy = False
-        while (end := self._received.find(b"\r\n\r\n") + 4) < 4:
+        while b"\r\n\r\n" not in self._received:
             if not self._receive(timeout_s):
                 return False
-        line, _, fields = bytes(self._received[:end]).partition(b"\r\n")
+
+        head, separator, _ = bytes(self._received).partition(b"\r\n\r\n")
+        line, _, fields = (head + separator).partition(b"\r\n")
         headers = http.client.parse_headers(io.BytesIO(fields))
-        size = end + int(headers.get("Content-Length", 0))
-        while len(self._received) < size:
+        start = len(head + separator)
+        end = start + int(headers.get("Content-Length", 0))
+        while len(self._received) < end:
             self._receive(timeout_s)
-        raw, self._received = bytes(self._received[end:size]), self._received[size:]
-        body, (method, path, _) = None, line.decode("latin-1").split(" ")
+        raw = bytes(self._received[start:end])
+        del self._received[:end]
+
+        body = None
         with contextlib.suppress(ValueError):
             body = json.loads(raw)
-        self.request = Request(method, path, headers, body, raw, self._number, time.monotonic())
+        method, path, _ = line.decode("latin-1").split(" ")
+        now = time.monotonic()
+        self.request = Request(method, path, headers, body, raw, self._number, now)
         self._is_busy = True
         return True
 
     def _receive(self, timeout_s: float) -> bool:
-        """Return whether bytes came in time. By reading, not select(): only a read sees the end of a TLS stream."""
+        """Return whether bytes came in time; only a read, not select(), sees a TLS stream end."""
         try:
             self._sock.settimeout(timeout_s)
             raw = self._sock.recv(65536)
@@ -379,56 +614,267 @@ class _RefusedError(Exception):
     """A reply other than 200; the arguments are its status and payload."""
 
 
-def _refusal(text: str, param: str, status: int = 400, kind: str = "BadRequestError") -> _RefusedError:
-    return _RefusedError(status, {"error": {"message": text, "type": kind, "param": param, "code": status}})
+def _refusal(
+    text: str, param: str | None = None, status: int = 400, kind: str = "BadRequestError"
+) -> _RefusedError:
+    error = {"message": text, "type": kind, "param": param, "code": status}
+    return _RefusedError(status, {"error": error})
 
 
 def _bad_value(name: str, value: object, text: str) -> _RefusedError:
     return _refusal(f"{text} (parameter={name}, value={value})", name)
 
 
-def _bad_body(where: str, kind: str, text: str, size: int, more: str = "") -> _RefusedError:
-    detail = f"{{'type': '{kind}', 'loc': '{where}', 'msg': '{text}', 'input': '<dict of {size} items>'{more}}}"
+def _bad_body(where: str, kind: str, text: str, got: object, more: str = "") -> _RefusedError:
+    """Return the refusal of vLLM's validation, pydantic's."""
+    if isinstance(got, dict | list):
+        got = f"<{type(got).__name__} of {len(got)} items>"
+    detail = f"{{'type': '{kind}', 'loc': '{where}', 'msg': '{text}', 'input': '{got}'{more}}}"
     return _refusal(f"1 validation error:\n  {detail}", where, kind="Bad Request")
 
 
-def _checked_body(request: Request, *required: str) -> Mapping[str, Any]:
-    """Return the request's JSON; syntax, fields and model are judged in this order."""
+_TYPES: Final = (  # pydantic's kinds, and its words for them
+    ("min_p temperature top_p", float | int, "float", "number"),
+    ("max_tokens max_completion_tokens n seed top_k prompt_logprobs", int, "int", "integer"),
+    ("echo ignore_eos return_token_ids stream", bool, "bool", "boolean"),
+    ("logprob_token_ids messages stop_token_ids tokens tools", list, "list", "list"),
+    ("prompt stop", str | list, "string", "string"),
+)
+_RANGES: Final = (  # the smallest and the largest value, what is said of others, with parameter=
+    ("temperature", 0, math.inf, "temperature must be non-negative, got {}.", True),
+    ("temperature", 0, 2, "temperature must be in [0, 2], got {}.", True),
+    ("top_p", sys.float_info.min, 1, "top_p must be in (0, 1], got {}.", True),
+    ("top_k", -1, math.inf, "top_k must be 0 (disable), or at least 1, got {}.", False),
+    ("min_p", 0, 1, "min_p must be in [0, 1], got {}.", False),
+    ("n", 1, math.inf, "n must be at least 1, got {}.", False),
+    ("logprobs", -1, math.inf, "`logprobs` must be a positive value or -1.", True),
+    ("top_logprobs", -1, math.inf, "`top_logprobs` must be a positive value or -1.", True),
+    ("prompt_logprobs", -1, math.inf, "`prompt_logprobs` must be a positive value or -1.", True),
+)
+_LACKING: Final = (  # vLLM's parameters that the stand-in does not have
+    "allowed_token_ids bad_words frequency_penalty include_stop_str_in_output logit_bias "
+    "min_tokens presence_penalty prompt_embeds suffix thinking_token_budget use_beam_search"
+)
+
+
+def _decoded_body(request: Request, *required: str) -> dict[str, Any]:
+    """Return the request's JSON without its nulls; syntax, fields and model are judged in order."""
     try:
-        body: dict[str, Any] = json.loads(request.raw)
+        body = json.loads(request.raw)
     except json.JSONDecodeError as error:
-        context = f", 'ctx': {{'error': '{error.msg}'}}"
-        raise _bad_body(f"body.{error.pos}", "json_invalid", "JSON decode error", 0, context) from error
+        where = f"body.{error.pos}"
+        more = f", 'ctx': {{'error': '{error.msg}'}}"
+        raise _bad_body(where, "json_invalid", "JSON decode error", {}, more) from error
+    if not isinstance(body, dict):
+        text = "Input should be a valid dictionary or object to extract fields from"
+        raise _bad_body("body", "model_attributes_type", text, body)
+
     for name in required:
         if name not in body:
-            raise _bad_body(f"body.{name}", "missing", "Field required", len(body))
-    if body.get("model") not in (None, "", MODEL):
+            raise _bad_body(f"body.{name}", "missing", "Field required", body)
+    body = {name: value for name, value in body.items() if value is not None}
+    _check_types(body)
+    if body.get("model", MODEL) not in ("", MODEL):
         text = f"The model `{body['model']}` does not exist. Valid aliases: {MODEL}."
         raise _refusal(text, "model", 404, "NotFoundError")
     return body
 
 
-def _token_limit(body: Mapping[str, Any], default: int, prompt: Sequence[int], is_text: bool) -> int:
-    """Return how many tokens may follow `prompt`; vLLM counts a text no further than one above its limit, ids fully."""
-    name = "max_tokens" if body.get("max_completion_tokens") is None else "max_completion_tokens"
-    wanted: int = default if body.get(name) is None else body[name]
-    if wanted > MAX_MODEL_LEN:
-        text = f"{name}={wanted} cannot be greater than max_model_len={MAX_MODEL_LEN}."
-        raise _bad_value(name, wanted, f"{text} Please request fewer output tokens.")
+def _check_types(body: Mapping[str, Any]) -> None:
+    reasons = {
+        ("float", str): ("_parsing", ", unable to parse string as a number"),
+        ("int", str): ("_parsing", ", unable to parse string as an integer"),
+        ("int", float): ("_from_float", ", got a number with a fractional part"),
+        ("bool", str): ("_parsing", ", unable to interpret input"),
+    }
+    for names, kind, code, word in _TYPES:
+        for name in body.keys() & names.split():
+            value = body[name]
+            if not isinstance(value, kind):
+                suffix, reason = reasons.get((code, type(value)), ("_type", ""))
+                text = f"Input should be a valid {word}{reason}"
+                raise _bad_body(f"body.{name}", f"{code}{suffix}", text, value)
+
+
+def _conflicts(body: Mapping[str, Any]) -> Iterator[tuple[str, object, str]]:
+    """Yield parameters, whether they contradict others, and what vLLM says then."""
+    choice = body.get("tool_choice", "none")
+    names = [tool["function"]["name"] for tool in body.get("tools", [])]
+    named = [{"type": "function", "function": {"name": name}} for name in names]
+    outputs = body.get("structured_outputs", {"choice": []})
+
+    text = "Stream options can only be defined when `stream=True`."
+    yield "stream_options", "stream_options" in body and not body.get("stream"), text
+    text = "`prompt_logprobs` are not available when `stream=True`."
+    yield "prompt_logprobs", body.get("prompt_logprobs") and body.get("stream"), text
+    text = "when using `top_logprobs`, `logprobs` must be set to true."
+    yield "top_logprobs", body.get("top_logprobs") and not body.get("logprobs"), text
+    text = "when using `logprob_token_ids`, `logprobs` must be set."
+    yield "logprob_token_ids", "logprob_token_ids" in body and "logprobs" not in body, text
+    text = "`tools` must not be an empty array. Either provide at least one tool or omit the field"
+    yield "tools", body.get("tools") == [], f"{text} entirely."
+    text = "When using `tool_choice`, `tools` must be set."
+    yield "tool_choice", choice != "none" and not names, text
+    text = "The tool specified in `tool_choice` does not match any of the specified `tools`"
+    yield "tool_choice", choice not in ["none", "auto", "required", *named], text
+    text = "The stand-in has only the structured outputs `choice` and `json`."
+    yield "structured_outputs", {"choice", "json"}.isdisjoint(outputs), text
+    for name in _LACKING.split():
+        yield name, body.get(name), f"The stand-in does not have `{name}`."
+
+
+def _check(body: Mapping[str, Any]) -> None:
+    """Refuse what vLLM refuses in a request for generation, and what the stand-in lacks."""
+    stops = body.get("stop", [])
+    if isinstance(stops, list) and len(stops) > 4:
+        text = f"List should have at most 4 items after validation, not {len(stops)}"
+        raise _bad_body("body.stop", "too_long", text, stops)
+    if "" in [*stops, stops]:
+        raise _refusal("stop cannot contain an empty string.")
+    if not isinstance(body.get("logprobs", 0), int):
+        raise _bad_value("logprobs", body["logprobs"], "`logprobs` must be an integer.")
+
+    for name, is_wrong, text in _conflicts(body):
+        if is_wrong:
+            raise _refusal(f"{text} (parameter={name})", name)
+    _check_ranges(body)
+    # Without a temperature the stand-in is greedy, whatever n.
+    if body.get("n", 1) > 1 and body.get("temperature", 1) < 1e-5:
+        raise _refusal(f"n must be 1 when using greedy sampling, got {body['n']}.")
+
+
+def _check_ranges(body: Mapping[str, Any]) -> None:
+    for name, minimum, maximum, template, has_name in _RANGES:
+        value = body.get(name, maximum)
+        if not minimum <= value <= maximum:
+            value = float(value) if name in ("min_p", "temperature", "top_p") else value
+            text = template.format(value)
+            raise _bad_value(name, value, text) if has_name else _refusal(text)
+
+
+def _token_limit(body: Mapping[str, Any], prompt: Sequence[int], is_text: bool) -> int:
+    """Return how many tokens may follow `prompt`; a text is counted no further than it must be."""
+    is_chat = "messages" in body
+    default = MAX_MODEL_LEN if is_chat else 16
+    name = "max_completion_tokens" if "max_completion_tokens" in body else "max_tokens"
+    requested: int = body.get(name, default)
+    if requested > MAX_MODEL_LEN:
+        text = f"{name}={requested} cannot be greater than max_model_len={MAX_MODEL_LEN}."
+        raise _bad_value(name, requested, f"{text} Please request fewer output tokens.")
+
     if len(prompt) > MAX_MODEL_LEN:
-        count, floor = (MAX_MODEL_LEN + 1, "at least ") if is_text else (len(prompt), "")
-        start = f"This model's maximum context length is {MAX_MODEL_LEN} tokens. However, your prompt contains {floor}"
-        end = "which exceeds this limit even without any output tokens. Please reduce the length of the input prompt."
-        raise _bad_value("input_tokens", count, f"{start}{count} input tokens, {end}")
-    limit = min(wanted, MAX_MODEL_LEN - len(prompt))
-    if limit < 1 and (not body.get("echo") or "messages" in body):
+        count = MAX_MODEL_LEN + 1 if is_text else len(prompt)
+        floor = "at least " if is_text else ""
+        text = (
+            f"This model's maximum context length is {MAX_MODEL_LEN} tokens. However, your prompt "
+            f"contains {floor}{count} input tokens, which exceeds this limit even without any "
+            "output tokens. Please reduce the length of the input prompt."
+        )
+        raise _bad_value("input_tokens", count, text)
+
+    limit = min(requested, MAX_MODEL_LEN - len(prompt))
+    minimum = 0 if body.get("echo") and not is_chat else 1
+    if limit < minimum:
         raise _bad_value("max_tokens", limit, f"max_tokens must be at least 1, got {limit}.")
     return limit
 
 
+# ---- Stand-in: conversations ------------------------------------------------
+
+
+def _tool_schemas(body: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the schema of each tool's arguments."""
+    functions = [tool["function"] for tool in body.get("tools", [])]
+    return {one["name"]: one.get("parameters", {"type": "object"}) for one in functions}
+
+
+def _rendered(body: Mapping[str, Any], is_strict: bool) -> str:
+    """Return the messages as ChatML; a strict template, as Qwen3.5's, wants the system first."""
+    if not body["messages"]:
+        text = "Cannot apply chat template to an empty conversation. Provide at least one message."
+        raise _refusal(text)
+    turns = []
+    if "tools" in body:
+        turns.append(("system", "\n".join(["# Tools", *_tool_schemas(body)])))
+    for number, message in enumerate(body["messages"]):
+        if is_strict and number > 0 and message["role"] == "system":
+            raise _refusal("System message must be at the beginning.")
+        turns.append(_turn(message))
+    text = _turns(*turns)
+    return text + TURN if body.get("add_generation_prompt", True) else text
+
+
+def _turn(message: Mapping[str, Any]) -> tuple[str, str]:
+    """Return the role and the text of one message."""
+    text = message.get("content") or ""
+    if not isinstance(text, str):
+        text = "".join(part.get("text", "") for part in text)
+    for call in message.get("tool_calls") or []:
+        text += "\n" + _called(call["function"]["name"], call["function"]["arguments"])
+    if message["role"] == "tool":
+        return "user", f"<tool_response>\n{text}\n</tool_response>"
+    return message["role"], text
+
+
+@dataclass(frozen=True)
+class _Message:
+    """An answer as vLLM's parsers `qwen3` and `hermes` split it; calls are names and arguments."""
+
+    reasoning: str
+    content: str
+    calls: Sequence[tuple[str, str]]
+
+
+_CALL: Final = re.compile(
+    r'<tool_call>\n\{"name": "(\w+)",(?: "arguments": (.*?)(\}\n</tool_call>|$))?', re.DOTALL
+)
+
+
+def _split(text: str, body: Mapping[str, Any], is_whole: bool) -> _Message:
+    """Return what the text of an answer means; of one that goes on, what is certain already."""
+    reasoning = ""
+    if text.startswith("<think>"):
+        reasoning, _, text = text.removeprefix("<think>").partition("</think>")
+    if "tools" not in body or body.get("tool_choice") == "none":
+        return _Message(reasoning, text, [])
+
+    calls = []
+    for call in _CALL.finditer(text):
+        name, arguments, end = call.groups("")
+        if not end and is_whole:
+            return _Message(reasoning, text, [])
+        if not end:  # the last brace may be the call's own
+            arguments = arguments.rstrip("\n").removesuffix("}")
+        calls.append((name, arguments))
+    return _Message(reasoning, text.partition("<tool_call>")[0], calls)
+
+
+def _tool_call(**more: Any) -> dict[str, Any]:
+    return {"id": f"chatcmpl-tool-{uuid.uuid4().hex[:16]}", "type": "function"} | more
+
+
+def _delta(old: _Message, new: _Message) -> dict[str, Any]:
+    """Return what a stream says when `old` has become `new`."""
+    calls = []
+    for index, (name, arguments) in enumerate(new.calls):
+        if index >= len(old.calls):
+            function = {"name": name, "arguments": arguments} if arguments else {"name": name}
+            calls.append(_tool_call(index=index, function=function))
+        elif arguments != old.calls[index][1]:
+            added = arguments[len(old.calls[index][1]) :]
+            calls.append({"index": index, "function": {"arguments": added}})
+    if calls:
+        return {"content": None, "tool_calls": calls}
+
+    delta = {"reasoning": new.reasoning[len(old.reasoning) :]}
+    delta["content"] = new.content[len(old.content) :]
+    return {name: text for name, text in delta.items() if text}
+
+
 # ---- Stand-in: answers in vLLM's shapes -------------------------------------
 
-_FINGERPRINT: Final = "vllm-0.32.0-standin"
+_VERSION: Final = "0.32.0-standin"
+_FINGERPRINT: Final = f"vllm-{_VERSION}"
 _COMPLETIONS_PATH: Final = "/v1/completions"
 _CHAT_PATH: Final = "/v1/chat/completions"
 
@@ -438,192 +884,231 @@ def _pick(names: str, values: Mapping[str, Any]) -> dict[str, Any]:
     return {name: values.get(name) for name in names.split()}
 
 
-@dataclass(frozen=True)
-class _Choice:
-    index: int
-    prompt: Sequence[int]
-    echoed: int
-    tokens: Sequence[str]  # the echoed ones, then the generated ones: the end token, or a stop string, comes last
-    texts: Sequence[str]  # what of each token is text
-    deltas: Sequence[dict[str, Any]]  # what of it the chat endpoint streams
-    finish_reason: str
-    stop_reason: str | None
+def _ranked(row: list[float], own: int, top: int, others: Sequence[int]) -> list[int]:
+    """Return the token itself, then the `top` most likely ones, or the `others` asked for."""
+    if not others:
+        others = heapq.nlargest(top, range(len(row)), key=row.__getitem__)
+    return list(dict.fromkeys([own, *others]))
 
 
-def _chat_message(text: str) -> dict[str, Any]:
-    thought, _, rest = text.removeprefix("<think>").partition("</think>")
-    calls = re.findall(r'<tool_call>\n\{"name": "(\w+)", "arguments": (.*)\}\n</tool_call>', rest)
-    message = _pick("role content refusal annotations audio function_call", {"role": "assistant"})
-    if calls:
-        functions = [{"name": name, "arguments": arguments} for name, arguments in calls]
-        message["tool_calls"] = [_tool_call(function=function) for function in functions]
-    else:
-        message["content"] = rest or None
-    return message | {"reasoning": thought or None}
-
-
-def _chat_deltas(texts: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """Yield the delta of each token, empty for markup, as vLLM's parsers `qwen3` and `hermes` split them."""
-    fields = {"<think>": "reasoning", "</think>": "content", "<tool_call>": "call", "</tool_call>": ""}
-    field, call, index = "content", "", -1
-    for text in texts:
-        if text in fields:
-            field, call, index = fields[text], "", index + (text == "<tool_call>")
-            yield {}
-        elif field == "call":
-            call += text
-            yield _tool_delta(call, text, index)
-        else:
-            yield {field: text} if field and text else {}
-
-
-def _tool_delta(call: str, text: str, index: int) -> dict[str, Any]:
-    """Return the delta for `text`, the end of a tool call that reads `call` so far."""
-    arguments = call.partition('"arguments": ')[2]
-    if named := re.fullmatch(r'\n\{"name": "(\w+)",', call):
-        entry = _tool_call(index=index, function={"name": named[1]})
-    elif arguments and text != "\n":
-        added = arguments if arguments == text.lstrip() else text.replace("}}", "}")
-        entry = {"index": index, "function": {"arguments": added}}
-    else:
-        return {}
-    return {"content": None, "tool_calls": [entry]}
-
-
-def _tool_call(**more: Any) -> dict[str, Any]:
-    return {"id": f"chatcmpl-tool-{uuid.uuid4().hex[:16]}", "type": "function"} | more
+def _prompt_logprobs(prompt: Sequence[int], top: int) -> list[dict[str, Any] | None]:
+    """Return what the model had expected in place of each token of a prompt; of the first, null."""
+    entries: list[dict[str, Any] | None] = [None]
+    for place in range(1, len(prompt)):
+        row = NGRAMS.after(prompt[:place])
+        entry = {}
+        for token in _ranked(row, prompt[place], top, []):
+            rank = 1 + sum(probability > row[token] for probability in row)
+            values = {"logprob": _logprob(row[token]), "rank": rank}
+            entry[str(token)] = values | {"decoded_token": VOCABULARY.token(token)}
+        entries.append(entry)
+    return entries
 
 
 class _Generation:
     """The choices a request asks for, in the shapes of its endpoint, whole or streamed."""
 
-    def __init__(self, request: Request, vocabulary: _Vocabulary) -> None:
+    def __init__(self, request: Request, is_strict: bool) -> None:
         self.is_chat = request.path == _CHAT_PATH
-        self.body = body = _checked_body(request, *["messages"] * self.is_chat)
-        self.vocabulary = vocabulary
-        self.is_stream, self.has_ids = bool(body.get("stream")), bool(body.get("return_token_ids"))
-        self.has_usage = bool((body.get("stream_options") or {}).get("include_usage"))
-        self.has_echo = bool(body.get("echo")) and not self.is_chat and not self.has_ids  # ids replace the echo
-        self.top: int | None = body.get("logprobs")  # on completions False is 0, which switches them on
+        required = ["messages"] if self.is_chat else []
+        self.body = body = _decoded_body(request, *required)
+        _check(body)
+        self.is_stream = body.get("stream", False)
+        self.has_ids = body.get("return_token_ids", False)
+        self.has_usage = body.get("stream_options", {}).get("include_usage", False)
+        # Token ids replace the echo.
+        self.has_echo = body.get("echo", False) and not self.is_chat and not self.has_ids
+        # On the completions endpoint False is 0, which switches log probabilities on.
+        self.top: int | None = body.get("logprobs")
         if self.is_chat:
-            self.top = (body.get("top_logprobs") or 0) if self.top else None
-        self.choices = list(self._choices())
-        prefix, kind = ("chatcmpl", "chat.completion") if self.is_chat else ("cmpl", "text_completion")
+            self.top = body.get("top_logprobs", 0) if self.top else None
+
+        self.choices = list(self._choices(is_strict))
+        self.longest = max(len(choice.ids) - choice.echoed for choice in self.choices)
         number = request.headers.get("X-Request-Id") or uuid.uuid4().hex[:16]
-        kind += ".chunk" * (self.is_chat and self.is_stream)
-        self.head = {"id": f"{prefix}-{number}", "object": kind, "created": int(time.time()), "model": MODEL}
+        self.head: dict[str, Any] = {"id": f"cmpl-{number}", "object": "text_completion"}
+        if self.is_chat:
+            kind = "chat.completion.chunk" if self.is_stream else "chat.completion"
+            self.head = {"id": f"chatcmpl-{number}", "object": kind}
+        self.head |= {"created": int(time.time()), "model": MODEL}
 
-    def _choices(self) -> Iterator[_Choice]:
-        prompts = _render(self.body) if self.is_chat else self.body.get("prompt")
-        if not prompts:
-            text = "Either prompt or prompt_embeds must be provided and non-empty. (parameter=prompt)"
-            raise _refusal(text, "prompt")
-        if isinstance(prompts, str) or isinstance(prompts[0], int):
-            prompts = [prompts]
-        count, default = self.body.get("n") or 1, MAX_MODEL_LEN if self.is_chat else 16
-        for number, prompt in enumerate(prompts):
-            ids = self.vocabulary.ids(prompt) if isinstance(prompt, str) else prompt
-            limit = _token_limit(self.body, default, ids, isinstance(prompt, str))
+    def _choices(self, is_strict: bool) -> Iterator[_Choice]:
+        count = self.body.get("n", 1)
+        for number, prompt in enumerate(self._prompts(is_strict)):
+            is_text = isinstance(prompt, str)
+            ids = VOCABULARY.ids(prompt) if is_text else prompt
+            if max(ids) >= VOCABULARY.size:
+                raise _refusal(f"Token id {max(ids)} is out of vocabulary")
+            limit = _token_limit(self.body, ids, is_text)
             for index in range(number * count, (number + 1) * count):
-                yield self._choice(index, ids, limit)
+                choice = _Choice(index, ids)
+                if self.has_echo:
+                    _echo(choice)
+                _write(choice, self.body, limit)
+                split = _split("".join(choice.texts), self.body, is_whole=True)
+                is_named = isinstance(self.body.get("tool_choice"), dict)
+                if split.calls and choice.finish_reason == "stop" and not is_named:
+                    choice.finish_reason = "tool_calls"
+                yield choice
 
-    def _choice(self, index: int, prompt: Sequence[int], limit: int) -> _Choice:
-        prompt_tokens = self.vocabulary.tokens(prompt)
-        text, stops = _continuation("".join(prompt_tokens)), self.body.get("stop") or []
-        stop = next((one for one in ([stops] if isinstance(stops, str) else stops) if one in text), None)
-        texts = [*_TOKEN.findall(text.partition(stop)[0] if stop else text), ""]
-        tokens = [*texts[:-1], stop or END]
-        finish_reason = "tool_calls" if self.is_chat and "</tool_call>" in tokens else "stop"
-        if len(tokens) > limit:
-            finish_reason, stop = "length", None
-        echoed = prompt_tokens if self.has_echo else []
-        tokens, texts = [*echoed, *tokens[:limit]], [*echoed, *texts[:limit]]
-        deltas = list(_chat_deltas(texts)) if self.is_chat else []
-        return _Choice(index, prompt, len(echoed), tokens, texts, deltas, finish_reason, stop)
+    def _prompts(self, is_strict: bool) -> Sequence[Any]:
+        if self.is_chat:
+            return [_rendered(self.body, is_strict)]
+        prompts = self.body.get("prompt")
+        if not prompts:
+            text = "Either prompt or prompt_embeds must be provided and non-empty."
+            raise _refusal(f"{text} (parameter=prompt)", "prompt")
+        is_one = isinstance(prompts, str) or isinstance(prompts[0], int)
+        return [prompts] if is_one else prompts
 
     def check_logprobs(self) -> None:
-        if (self.top or 0) > MAX_LOGPROBS:
-            text = f"Requested sample logprobs of {self.top}, which is greater than max allowed: {MAX_LOGPROBS}"
-            raise _bad_value("logprobs", self.top, text)
+        """Refuse too many log probabilities: vLLM's engine does so, once a stream has begun."""
+        for kind, name, top in (
+            ("sample", "logprobs", self.top),
+            ("prompt", "prompt_logprobs", self.body.get("prompt_logprobs")),
+        ):
+            if top is not None and not 0 <= top <= MAX_LOGPROBS:
+                count = VOCABULARY.size if top < 0 else top
+                text = f"Requested {kind} logprobs of {count}, which is greater than max allowed"
+                raise _bad_value(name, count, f"{text}: {MAX_LOGPROBS}")
 
     def payload(self) -> dict[str, Any]:
         """Return the whole reply."""
-        names, more = "index text logprobs finish_reason stop_reason token_ids prompt_logprobs prompt_token_ids", ""
+        names = "index text logprobs finish_reason stop_reason token_ids prompt_logprobs"
+        names += " prompt_token_ids routed_experts"
+        more = ""
         if self.is_chat:
-            names = "index message logprobs finish_reason stop_reason token_ids"
+            names = "index message logprobs finish_reason stop_reason token_ids routed_experts"
             more = "prompt_logprobs prompt_token_ids prompt_text"
-        choices = [self._part(one, 0, len(one.tokens), f"{names} routed_experts") for one in self.choices]
-        values: dict[str, Any] = {"choices": choices, "system_fingerprint": _FINGERPRINT, "usage": self._usage()}
-        values["prompt_token_ids"] = self.choices[0].prompt if self.has_ids else None
-        names = f"choices service_tier system_fingerprint usage {more} kv_transfer_params ec_transfer_params metrics"
-        return self.head | _pick(names, values)
+
+        choices = [self._whole(choice) for choice in self.choices]
+        values = choices[0] | {"choices": [_pick(names, one) for one in choices]}
+        values |= {"system_fingerprint": _FINGERPRINT, "usage": self._usage()}
+        names = f"choices service_tier system_fingerprint usage {more} kv_transfer_params"
+        return self.head | _pick(f"{names} ec_transfer_params metrics", values)
+
+    def _whole(self, choice: _Choice) -> dict[str, Any]:
+        values = self._part(choice, 0, len(choice.ids))
+        top = self.body.get("prompt_logprobs", self.top if self.has_echo else None)
+        if top is not None:
+            values["prompt_logprobs"] = _prompt_logprobs(choice.prompt, top)
+        if self.is_chat:
+            values["message"] = _message(_split(values["text"], self.body, is_whole=True))
+        return values
 
     def chunks(self) -> Iterator[dict[str, Any]]:
         """Yield the events of a stream, those of several choices in turn."""
         for row in itertools.zip_longest(*map(self._chunks, self.choices)):
             yield from filter(None, row)
         if self.has_usage:
-            yield self.head | {"choices": [], "usage": self._usage(), "system_fingerprint": _FINGERPRINT}
+            last = {"choices": [], "usage": self._usage(), "system_fingerprint": _FINGERPRINT}
+            yield self.head | last
 
     def _chunks(self, choice: _Choice) -> Iterator[dict[str, Any]]:
         names = "index text logprobs finish_reason stop_reason prompt_token_ids token_ids"
         if self.is_chat:
-            values = {"index": choice.index, "delta": {"role": "assistant", "content": ""}}
-            prompt = {"prompt_token_ids": choice.prompt if self.has_ids else None, "prompt_text": None}
-            yield self.head | {"choices": [_pick("index delta logprobs finish_reason", values)]} | prompt
-        ends = range(min(choice.echoed + 1, len(choice.tokens)), len(choice.tokens) + 1)
-        for start, end in itertools.pairwise([0, *ends]):
-            is_last = end == ends[-1]
-            if self.is_chat:
-                names = f"index delta logprobs finish_reason {'stop_reason' * is_last} token_ids"
-            part = self._part(choice, start, end, names)
-            if is_last or part.get("delta") != {} or part["logprobs"] or part["token_ids"]:
-                mark = {"system_fingerprint": _FINGERPRINT} if is_last and not self.has_usage else {}
-                yield self.head | {"choices": [part]} | mark
+            names = "index delta logprobs finish_reason token_ids"
+            yield self.head | self._opening(choice)
 
-    def _part(self, choice: _Choice, start: int, end: int, names: str) -> dict[str, Any]:
-        """Return what tokens `start` to `end` of a choice bring, under `names`."""
-        tokens, text = choice.tokens[start:end], "".join(choice.texts[start:end])
-        values: dict[str, Any] = {"index": choice.index, "text": text}
-        values["logprobs"] = self._logprobs(tokens, len("".join(choice.tokens[:start])))
-        if self.is_chat:
-            values |= {"message": _chat_message(text), "delta": choice.deltas[start]}
+        split = _Message("", "", [])
+        ends = range(choice.echoed + 1, len(choice.ids) + 1) or [choice.echoed]
+        for start, end in itertools.pairwise([0, *ends]):
+            is_last = end == len(choice.ids)
+            part = self._part(choice, start, end)
+            if self.is_chat:
+                text = "".join(choice.texts[:end])
+                before, split = split, _split(text, self.body, is_last)
+                part["delta"] = _delta(before, split)
+                if is_last:
+                    names = "index delta logprobs finish_reason stop_reason token_ids"
+
+            part = _pick(names, part)
+            event = self.head | {"choices": [part]}
+            if is_last and not self.has_usage:
+                event["system_fingerprint"] = _FINGERPRINT
+            if is_last or part.get("delta") != {} or part["logprobs"] or part["token_ids"]:
+                yield event
+
+    def _opening(self, choice: _Choice) -> dict[str, Any]:
+        """Return the first event of a chat, which only names the role."""
+        values = {"index": choice.index, "delta": {"role": "assistant", "content": ""}}
+        prompt = choice.prompt if self.has_ids else None
+        choices = [_pick("index delta logprobs finish_reason", values)]
+        return {"choices": choices, "prompt_token_ids": prompt, "prompt_text": None}
+
+    def _part(self, choice: _Choice, start: int, end: int) -> dict[str, Any]:
+        """Return what tokens `start` to `end` of a choice bring."""
+        values: dict[str, Any] = {"index": choice.index}
+        values["text"] = "".join(choice.texts[start:end])
+        if self.top is not None:
+            values["logprobs"] = self._logprobs(choice, start, end)
         if self.has_ids:
-            values["token_ids"] = [self.vocabulary.id_of(token) for token in tokens]
+            values["token_ids"] = choice.ids[start:end]
         if start == 0 and (self.has_ids or (self.has_echo and self.is_stream)):
             values["prompt_token_ids"] = choice.prompt
-        if end == len(choice.tokens):
+        if end == len(choice.ids):
             values |= {"finish_reason": choice.finish_reason, "stop_reason": choice.stop_reason}
-        return _pick(names, values)
+        return values
 
-    def _logprobs(self, tokens: Sequence[str], offset: int) -> dict[str, Any] | None:
-        if self.top is None:
-            return None
-        ranked = [_ranked(token, self.top) for token in tokens]
+    def _logprobs(self, choice: _Choice, start: int, end: int) -> dict[str, Any]:
+        entries = []
+        for token, row in zip(choice.ids[start:end], choice.rows[start:end], strict=True):
+            others = self.body.get("logprob_token_ids", [])
+            ranked = _ranked(row, token, self.top or 0, others)
+            entries.append([(self._name(one), _logprob(row[one])) for one in ranked])
+
         if self.is_chat:
-            rows = [[{"token": t, "logprob": p, "bytes": list(t.encode())} for t, p in row] for row in ranked]
-            return {"content": [row[0] | {"top_logprobs": row[: self.top]} for row in rows]}
-        scores: list[Any] = [row[0][1] for row in ranked]
-        tops: list[Any] = [dict(row) for row in ranked]
-        if self.has_echo and offset == 0:  # nothing comes before the first token of a prompt
+            return {"content": [_chat_logprobs(entry, self.top or 0) for entry in entries]}
+        tokens = [entry[0][0] for entry in entries]
+        scores: list[float | None] = [entry[0][1] for entry in entries]
+        tops: list[dict[str, float] | None] = [dict(entry) for entry in entries]
+        if start < choice.echoed:  # nothing comes before the first token of a prompt
             scores[0] = tops[0] = None
-        offsets = list(itertools.accumulate(map(len, tokens[:-1]), initial=offset))
-        return {"text_offset": offsets, "token_logprobs": scores, "tokens": tokens, "top_logprobs": tops}
+        first = sum(len(self._name(token)) for token in choice.ids[:start])
+        offsets = list(itertools.accumulate(map(len, tokens[:-1]), initial=first))
+        values = {"text_offset": offsets, "token_logprobs": scores, "tokens": tokens}
+        return values | {"top_logprobs": tops}
+
+    def _name(self, token: int) -> str:
+        if self.body.get("return_tokens_as_token_ids"):
+            return f"token_id:{token}"
+        return VOCABULARY.token(token)
 
     def _usage(self) -> dict[str, Any]:
-        inputs = sum(len(choice.prompt) for choice in self.choices) // (self.body.get("n") or 1)
-        # where no token is wanted vLLM generates one all the same, and counts it
-        outputs = sum(max(1, len(choice.tokens) - choice.echoed) for choice in self.choices)
-        thoughts = sum("reasoning" in delta for choice in self.choices for delta in choice.deltas)
-        cached = {"cached_tokens": 0, "created_cache_tokens": 0 if self.is_chat else None, "multimodal_tokens": None}
-        details = {"reasoning_tokens": thoughts} if self.is_chat else None
-        counts = {"prompt_tokens": inputs, "total_tokens": inputs + outputs, "completion_tokens": outputs}
-        more = {"prompt_tokens_details": self._set_fields(cached), "completion_tokens_details": details}
-        return counts | self._set_fields(more)
+        inputs = sum(len(choice.prompt) for choice in self.choices) // self.body.get("n", 1)
+        # Where no token is wanted vLLM generates one all the same, and counts it.
+        outputs = sum(max(1, len(choice.ids) - choice.echoed) for choice in self.choices)
+        counts = {"prompt_tokens": inputs, "total_tokens": inputs + outputs}
+        counts["completion_tokens"] = outputs
 
-    def _set_fields(self, fields: Mapping[str, Any]) -> dict[str, Any]:
-        """Return `fields`, without those that were never set when they go into a stream."""
-        return {name: value for name, value in fields.items() if value is not None or not self.is_stream}
+        cached = {"cached_tokens": 0, "created_cache_tokens": 0, "multimodal_tokens": None}
+        thoughts = sum(map(_count_of_thoughts, self.choices))
+        details = {"reasoning_tokens": thoughts} if self.is_chat else None
+        return counts | {"prompt_tokens_details": cached, "completion_tokens_details": details}
+
+
+def _message(split: _Message) -> dict[str, Any]:
+    names = "role content refusal annotations audio function_call"
+    message = _pick(names, {"role": "assistant", "content": split.content or None})
+    if split.calls:
+        message["content"] = None
+        functions = [{"name": name, "arguments": text} for name, text in split.calls]
+        message["tool_calls"] = [_tool_call(function=function) for function in functions]
+    return message | {"reasoning": split.reasoning or None}
+
+
+def _chat_logprobs(entry: Sequence[tuple[str, float]], top: int) -> dict[str, Any]:
+    """Return a token and its alternatives as the chat endpoint shows them."""
+    shown = []
+    for token, logprob in entry:
+        shown.append({"token": token, "logprob": logprob, "bytes": list(token.encode())})
+    return shown[0] | {"top_logprobs": shown[:top]}
+
+
+def _count_of_thoughts(choice: _Choice) -> int:
+    """Return how many tokens are reasoning, the marks around it not counted."""
+    thought, _, _ = VOCABULARY.raw(choice.ids).decode(errors="replace").partition("</think>")
+    return len(VOCABULARY.ids(thought)) - 1 if thought.startswith("<think>") else 0
 
 
 # ---- Stand-in: the server ---------------------------------------------------
@@ -633,30 +1118,44 @@ _POSTS: Final = (_COMPLETIONS_PATH, _CHAT_PATH, "/tokenize", "/detokenize")
 
 
 class StandIn:
-    """A vLLM 0.32 server without a model: canned answers in the real one's bytes, and misbehaviour on command.
+    """A stand-in for vLLM 0.32: its API in the real one's bytes, and misbehaviour on command.
 
-    >>> with StandIn() as server:  # doctest: +SKIP
-    ...     server.script(reply(503, "busy", {"Retry-After": "1"}), None)
-    ...     VLLMClient(server.url).complete("The capital of France is")  # refused once, answered then
+    >>> with StandIn() as server:
+    ...     server.script(reply(503, "busy", {"Retry-After": "0"}), None)
+    ...     VLLMClient(server.url).complete("The capital of France is").text  # at the second try
+    ' Paris.'
     """
 
     def __init__(
-        self, port: int = 0, *, pace: float = 0.0, api_key: str | None = None, tls: tuple[str, str] | None = None
+        self,
+        port: int = 0,
+        *,
+        pace: float = 0.0,
+        api_key: str | None = None,
+        tls: tuple[str, str] | None = None,
+        strict: bool = False,
+        log: Callable[[str], object] = lambda line: None,
     ) -> None:
-        self.pace = pace  # seconds from chunk to chunk, or from token to token of a reply that is not streamed
+        self.pace = pace  # seconds from token to token
         self.keep_alive_s = 5.0  # then an idle connection is closed
         self.requests: list[Request] = []
-        self.aborted: queue.Queue[float] = queue.Queue()  # time.monotonic() of each client that left before its reply
+        self.aborted: queue.Queue[float] = queue.Queue()  # when a client left before its reply
         self.running = 0
-        self._api_key, self._vocabulary = api_key, _Vocabulary()
-        self._tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER) if tls else None
-        if self._tls and tls:
+        self.generated = 0  # tokens
+        self._api_key = api_key
+        self._is_strict = strict  # about the place of system messages
+        self._log = log
+        self._tls = None
+        if tls is not None:
+            self._tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
             self._tls.load_cert_chain(*tls)
         self._listener = socket.create_server(("127.0.0.1", port), backlog=128)
-        self.url = f"{'https' if tls else 'http'}://127.0.0.1:{self._listener.getsockname()[1]}"
+        scheme = "http" if tls is None else "https"
+        self.url = f"{scheme}://127.0.0.1:{self._listener.getsockname()[1]}"
         self._steps: list[tuple[str, Step]] = []
         self._threads: dict[Connection, threading.Thread] = {}
-        self._lock, self._is_closing = threading.Lock(), False
+        self._lock = threading.Lock()
+        self._is_closing = False
         self._acceptor = threading.Thread(target=self._accept, daemon=True)
 
     def __enter__(self) -> Self:
@@ -667,7 +1166,7 @@ class StandIn:
         self.close()
 
     def close(self) -> None:
-        """Close every connection and end every thread; one that is busy in a step is given up after a second."""
+        """Close every connection, end every thread; a busy step is given up after a second."""
         if self._is_closing:
             return
         self._is_closing = True
@@ -683,10 +1182,10 @@ class StandIn:
             thread.join(1.0)
 
     def script(self, *steps: Step, path: str = "") -> None:
-        """Take one step for each of the next requests, or of those whose path ends in `path`, in place of its answer.
+        """Take one step for each of the next requests whose path ends in `path`.
 
-        A step is bytes to send, a function of the Connection, or None for the usual answer. Afterwards the connection
-        takes the next request unless the step has closed it.
+        A step is bytes to send, a function of the Connection, or None for the usual answer. The
+        connection then takes the next request unless the step has closed it.
         """
         with self._lock:
             self._steps += [(path, step) for step in steps]
@@ -694,8 +1193,9 @@ class StandIn:
     def answer(self, connection: Connection) -> None:
         """Answer the connection's request as vLLM does; a step may call this."""
         request = connection.request
+        key = request.headers.get("Authorization")
         try:
-            is_allowed = self._api_key is None or request.headers.get("Authorization") == f"Bearer {self._api_key}"
+            is_allowed = self._api_key is None or key == f"Bearer {self._api_key}"
             if request.path.startswith("/v1") and not is_allowed:
                 raise _RefusedError(401, {"error": "Unauthorized"})
             if request.path not in _GETS + _POSTS:
@@ -708,43 +1208,71 @@ class StandIn:
                 connection.send(reply(200, self._payload(request)))
         except _RefusedError as refusal:
             connection.send(reply(*refusal.args))
+        except (AttributeError, LookupError, TypeError, ValueError) as error:
+            text = f"The stand-in cannot read this: {error!r}"
+            connection.send(reply(*_refusal(text, kind="Bad Request").args))
 
     def _generate(self, connection: Connection) -> None:
-        generation = _Generation(connection.request, self._vocabulary)
-        if not generation.is_stream:
+        generation = _Generation(connection.request, self._is_strict)
+        if generation.is_stream:
+            connection.send(SSE_HEAD)
+            try:
+                generation.check_logprobs()  # only now, too late for another status
+                self._pace(connection, generation, map(chunk, generation.chunks()))
+            except _RefusedError as refusal:
+                connection.send(chunk(refusal.args[1]))
+            connection.send(chunk("[DONE]") + LAST_CHUNK)
+        else:
             generation.check_logprobs()
-            for _ in max((choice.tokens for choice in generation.choices), key=len):
-                connection.pause(self.pace)
+            self._pace(connection, generation, itertools.repeat(b"", generation.longest))
             connection.send(reply(200, generation.payload()))
-            return
-        connection.send(SSE_HEAD)
+
+    def _pace(
+        self, connection: Connection, generation: _Generation, pieces: Iterable[bytes]
+    ) -> None:
+        """Send one piece after the other, in the time that the tokens take."""
+        count = 0
         try:
-            generation.check_logprobs()  # a stream's are looked at only now, too late for another status
-            for event in generation.chunks():
-                connection.send(chunk(event))
+            for piece in pieces:
+                connection.send(piece)
+                count = min(count + 1, generation.longest)
                 connection.pause(self.pace)
-        except _RefusedError as refusal:
-            connection.send(chunk(json.dumps(refusal.args[1])))
-        connection.send(chunk("[DONE]") + LAST_CHUNK)
+        except ClientGoneError:
+            with self._lock:
+                self._log(f"stand-in: client left after {count} of {generation.longest} tokens")
+            raise
+        finally:
+            with self._lock:
+                self.generated += count
 
     def _payload(self, request: Request) -> Any:
         """Return what the endpoints say that generate nothing."""
         match request.path:
             case "/version":
-                return {"version": "0.32.0"}
+                return {"version": _VERSION}
             case "/metrics":
-                return f'vllm:num_requests_running{{engine="0",model_name="{MODEL}"}} {self.running:.1f}\n'
+                label = f'{{engine="0",model_name="{MODEL}"}}'
+                running = f"vllm:num_requests_running{label} {self.running:.1f}\n"
+                return f"{running}vllm:generation_tokens_total{label} {self.generated:.1f}\n"
             case "/v1/models":
                 return {"object": "list", "data": [_model_card()]}
             case "/tokenize":
-                body = _checked_body(request)
-                ids = self._vocabulary.ids(_render(body) if "messages" in body else body["prompt"])
-                texts = [token.replace(" ", "Ġ").replace("\n", "Ċ") for token in self._vocabulary.tokens(ids)]
-                more = {"token_strs": texts if body.get("return_token_strs") else None}
-                return {"count": len(ids), "max_model_len": MAX_MODEL_LEN, "tokens": ids} | more
+                return self._tokenized(_decoded_body(request))
             case "/detokenize":
-                return {"prompt": "".join(self._vocabulary.tokens(_checked_body(request, "tokens")["tokens"]))}
+                ids = _decoded_body(request, "tokens")["tokens"]
+                return {"prompt": VOCABULARY.raw(ids).decode(errors="replace")}
         return b""
+
+    def _tokenized(self, body: Mapping[str, Any]) -> dict[str, Any]:
+        text = _rendered(body, self._is_strict) if "messages" in body else body.get("prompt")
+        if not isinstance(text, str):
+            raise _bad_body("body.prompt", "string_type", "Input should be a valid string", text)
+        ids = VOCABULARY.ids(text)
+        payload = {"count": len(ids), "max_model_len": MAX_MODEL_LEN, "tokens": ids}
+        texts = None
+        if body.get("return_token_strs"):
+            texts = [VOCABULARY.token(one).replace(" ", "Ġ").replace("\n", "Ċ") for one in ids]
+        return payload | {"token_strs": texts}
 
     def _accept(self) -> None:
         for number in itertools.count(1):
@@ -785,8 +1313,7 @@ class StandIn:
         is_run = request.path in (_COMPLETIONS_PATH, _CHAT_PATH)
         with self._lock:
             self.requests.append(request)
-            number = next((n for n, (path, _) in enumerate(self._steps) if request.path.endswith(path)), None)
-            step = None if number is None else self._steps.pop(number)[1]
+            step = self._next_step(request.path)
             self.running += is_run
         try:
             if isinstance(step, bytes):
@@ -797,51 +1324,327 @@ class StandIn:
             with self._lock:
                 self.running -= is_run
 
+    def _next_step(self, path: str) -> Step:
+        for number, (end, step) in enumerate(self._steps):
+            if path.endswith(end):
+                del self._steps[number]
+                return step
+        return None
+
 
 def _model_card() -> dict[str, Any]:
     created = int(time.time())
-    card = {"id": MODEL, "object": "model", "created": created, "owned_by": "vllm", "root": f"tiny/{MODEL}"}
-    may = {"create_engine": 0, "sampling": 1, "logprobs": 1, "search_indices": 0, "view": 1, "fine_tuning": 0}
-    permission = {"id": f"modelperm-{uuid.uuid4().hex[:16]}", "object": "model_permission", "created": created}
-    permission |= {f"allow_{name}": bool(value) for name, value in may.items()}
+    card = {"id": MODEL, "object": "model", "created": created, "owned_by": "vllm"}
+    card |= {"root": f"tiny/{MODEL}", "parent": None, "max_model_len": MAX_MODEL_LEN}
+    permission = {"id": f"modelperm-{uuid.uuid4().hex[:16]}", "object": "model_permission"}
+    permission["created"] = created
+    for name in "create_engine sampling logprobs search_indices view fine_tuning".split():
+        permission[f"allow_{name}"] = name in ("sampling", "logprobs", "view")
     permission |= {"organization": "*", "group": None, "is_blocking": False}
-    return card | {"parent": None, "max_model_len": MAX_MODEL_LEN, "permission": [permission]}
+    return card | {"permission": [permission]}
 
 
-# ---- Stand-in: the demo -----------------------------------------------------
+# ---- Demo: its steps --------------------------------------------------------
+#
+# Each shows its own source, then what it prints. They use what any vLLM has.
 
-DEMO: Final = (
-    ("complete", "The capital of France is", "--logprobs", "2"),
-    ("chat", "What is 2+2?"),
-    ("models",),
-    ("health",),
+
+def show_log_probabilities(client: VLLMClient) -> None:
+    """Log probabilities: how sure the model was of each token, and what else was likely"""
+    completion = client.complete(
+        "The capital of France is", max_tokens=8, logprobs=3, temperature=0
+    )
+    for token in completion.logprobs:
+        others = "  ".join(f"{other.token!r} {other.probability:.3f}" for other in token.top[1:])
+        print(f"{token.token!r:>14} {token.probability:.3f}    not {others}")
+
+
+def leave_a_stream(client: VLLMClient) -> None:
+    """A stream left early: the server stops generating, and its own counter says so"""
+    before = tokens_generated(client)
+    with client.stream_complete(
+        "Once upon a time", max_tokens=1000, ignore_eos=True, temperature=0
+    ) as stream:
+        for delta in itertools.islice(stream, 15):
+            print(delta.text, end="", flush=True)
+        print(" …")
+    time.sleep(0.3)
+    print(f"the server generated {tokens_generated(client) - before:.0f} of 1000 tokens")
+
+
+@dataclass
+class City:
+    name: str
+    country: str
+    is_capital: bool
+
+    @classmethod
+    def model_json_schema(cls) -> dict[str, Any]:  # pydantic's classes have it
+        kinds = {"name": "string", "country": "string", "is_capital": "boolean"}
+        properties = {name: {"type": kind} for name, kind in kinds.items()}
+        return {"type": "object", "properties": properties, "required": list(kinds)}
+
+
+def fill_a_class(client: VLLMClient) -> None:
+    """Structured output: a class goes in, an object of that class comes out"""
+    question = "Which city is the capital of France?"
+    print(client.chat(question, response_format=City, temperature=0).json(City))
+
+
+CITY: Final = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
+WEATHER: Final = {"type": "function", "function": {"name": "get_weather", "parameters": CITY}}
+
+
+def call_a_tool(client: VLLMClient) -> None:
+    """A tool call: the model asks for the weather, is told, and answers"""
+    messages = [{"role": "user", "content": "What is the weather in Paris?"}]
+    reply = client.chat(messages, tools=[WEATHER], temperature=0)
+    [call] = reply.tool_calls
+    print(call.name, call.parsed())
+    result = {"role": "tool", "tool_call_id": call.id, "content": "sunny, 21 C"}
+    messages += [reply.to_message(), result]
+    print(client.chat(messages, tools=[WEATHER], temperature=0).text.strip())
+
+
+def choose_an_answer(client: VLLMClient) -> None:
+    """Multiple choice: how probable the model finds each answer"""
+    for score in client.choose([" Paris", " Lyon", " Rome"], context="The capital of France is"):
+        print(f"{score.text!r:>8} {score.probability:.3f}, log probability {score.logprob:.2f}")
+
+
+def ask_many(client: VLLMClient) -> None:
+    """Many prompts: 40 of them, 8 at a time, the answers in order"""
+    prompts = [f"The capital of {country} is" for country in CAPITALS] * 10
+    ask = functools.partial(client.complete, max_tokens=8, temperature=0)
+    started = time.monotonic()
+    replies = list(client.map(ask, prompts, concurrency=8, progress=True))
+    seconds = time.monotonic() - started
+    print([reply.text for reply in replies[:4]], "…")
+    one_by_one = sum(reply.total_s for reply in replies)
+    print(f"{len(replies)} replies in {seconds:.1f} s; one by one: {one_by_one:.1f} s")
+
+
+def resume_a_batch(client: VLLMClient) -> None:
+    """A batch file: interrupted by Ctrl-C, then resumed; nothing is asked twice"""
+    source, target = Path("requests.jsonl"), Path("results.jsonl")
+    line = json.dumps({"prompt": "Once upon a time", "max_tokens": 20, "temperature": 0})
+    source.write_text(f"{line}\n" * 60)
+    timer = threading.Timer(1.0, press_ctrl_c)
+    timer.start()
+    try:
+        client.run_batch(str(source), str(target), concurrency=8)
+    except KeyboardInterrupt:
+        print(f"^C: {target} has {len(target.read_text().splitlines())} lines")
+    timer.cancel()
+    print(client.run_batch(str(source), str(target), concurrency=8))
+
+
+def explain_an_error(client: VLLMClient) -> None:
+    """An error: what happened, and what to do about it"""
+    try:
+        client.complete("Hello", model="gpt-4")
+    except VLLMError as error:
+        print(f"{type(error).__name__}: {error}")
+
+
+def draw_a_heat_map(client: VLLMClient) -> None:
+    """A heat map: one HTML file, each token in the colour of its probability"""
+    completion = client.complete("Once upon a time", max_tokens=60, logprobs=5, temperature=0)
+    page = Path("heat_map.html")
+    page.write_text(vllm_provider.to_html(completion, "Once upon a time"), encoding="utf-8")
+    print(page.resolve())
+
+
+STEPS: Final = (
+    show_log_probabilities,
+    leave_a_stream,
+    fill_a_class,
+    call_a_tool,
+    choose_an_answer,
+    ask_many,
+    resume_a_batch,
+    explain_an_error,
+    draw_a_heat_map,
 )
 
 
+def tokens_generated(client: VLLMClient) -> float:
+    """Return how many tokens the server has generated since it started."""
+    metrics = requests.get(f"{client.config.base_url}/metrics", timeout=10).text
+    return sum(map(float, re.findall(r"(?m)^vllm:generation_tokens_total\{.*\} (.*)$", metrics)))
+
+
+def press_ctrl_c() -> None:
+    """Interrupt this process as the keyboard does."""
+    if os.name == "nt":
+        _thread.interrupt_main()
+    else:
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+# ---- Demo: how it runs ------------------------------------------------------
+
+
+def run_step(step: Callable[[VLLMClient], None], client: VLLMClient, is_stand_in: bool) -> bool:
+    """Show and run one step; return whether the server could do it."""
+    bold, dim, plain = ("\033[1m", "\033[2m", "\033[0m")
+    if not sys.stdout.isatty() or os.environ.get("NO_COLOR"):
+        bold = dim = plain = ""
+    source = textwrap.indent(inspect.getsource(step).partition('"""\n')[2].rstrip(), dim)
+    print(f"\n{bold}{inspect.getdoc(step)}{plain}\n{source}{plain}", flush=True)
+    try:
+        step(client)
+    except (VLLMError, ValueError) as error:
+        if is_stand_in:
+            raise
+        print(f"skipped: {error}")
+        return False
+    return True
+
+
+def run_demo(url: str, *, is_stand_in: bool) -> int:
+    """Run all steps against a server; return the exit code."""
+    folder = tempfile.mkdtemp(prefix="vllm-provider-")  # it stays, for the heat map
+    with contextlib.chdir(folder), VLLMClient(url) as client:
+        worked = [step for step in STEPS if run_step(step, client, is_stand_in)]
+
+    print(f"\n{len(worked)} of {len(STEPS)} worked:")
+    for step in worked:
+        print(f"* {inspect.getdoc(step)}")
+    if is_stand_in:
+        print("\nThe same with your own server:")
+        print("VLLM_BASE_URL=http://localhost:8000 python test_vllm_provider.py")
+    return 0
+
+
 def demo(argv: Sequence[str] | None = None) -> int:
-    """Run the command line against the stand-in, or keep the stand-in up for other clients; return the exit code."""
-    from vllm_provider import main
-
+    """Show what vllm_provider does, or keep the stand-in up; return the exit code."""
     parser = argparse.ArgumentParser(description=demo.__doc__)
-    parser.add_argument("--serve", type=int, metavar="PORT", help="keep the stand-in up until Ctrl-C")
-    port = parser.parse_args(argv).serve
-    with StandIn(port or 0, pace=0.02) as server:
-        print(f"A stand-in for vLLM is up at {server.url}: no model is behind it, its answers are canned.")
-        if port is not None:
-            print(f'Try: vllm-provider --base-url {server.url} chat "What is 2+2?"   (Ctrl-C ends it)', flush=True)
-            with contextlib.suppress(KeyboardInterrupt):
-                threading.Event().wait()
-            return 0
-        codes = []
-        for command in DEMO:
-            print(f"\n$ vllm-provider --base-url {server.url} {shlex.join(command)}", flush=True)
-            codes.append(main(["--base-url", server.url, *command]))
-            sys.stdout.flush()
-        return max(codes)
+    parser.add_argument("--serve", type=int, metavar="PORT", help="keep the stand-in up")
+    parser.add_argument("--pace", type=float, default=0.02, help="seconds a token (%(default)s)")
+    options = parser.parse_args(argv)
+    port = options.serve
+    url = os.environ.get("VLLM_BASE_URL")
+    if port is None and url:
+        return run_demo(url, is_stand_in=False)
+
+    with StandIn(port or 0, pace=options.pace, log=print) as server:
+        count = len({*TEXTS, *CONVERSATIONS})
+        print(
+            f"A stand-in for vLLM is up at {server.url}: its tiny n-gram model has read {count} "
+            "texts and knows nothing else.",
+            flush=True,
+        )
+        if port is None:
+            return run_demo(server.url, is_stand_in=True)
+        print(f'Try: vllm-provider --base-url {server.url} chat "What is 2+2?"', flush=True)
+        with contextlib.suppress(KeyboardInterrupt):
+            threading.Event().wait()
+    return 0
 
 
-# SPDX-License-Identifier: MIT
+if __name__ == "__main__":
+    raise SystemExit(demo())  # the tests below need pytest, amplifier-core and others
 
+# ---- What the tests share ---------------------------------------------------
+
+# What the stand-in needs is imported above.
+import ast
+import asyncio
+import copy
+import dataclasses
+import email.utils
+import errno
+import html.parser
+import logging
+import pathlib
+import pickle
+import pty
+import select
+import shlex
+import subprocess
+import traceback
+import tracemalloc
+import types
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime, timedelta
+
+import certifi
+import pytest
+import responses
+from amplifier_core import (
+    AmplifierSession,
+    ChatRequest,
+    ConfigField,
+    Message,
+    ModelInfo,
+    ProviderInfo,
+    llm_errors,
+)
+from amplifier_core.content_models import TextContent, ThinkingContent, ToolCallContent
+from amplifier_core.events import ALL_EVENTS
+from amplifier_core.message_models import (
+    ChatResponse,
+    Degradation,
+    ResponseFormatJson,
+    ResponseFormatJsonSchema,
+    ResponseFormatText,
+    TextBlock,
+    ThinkingBlock,
+    ToolCallBlock,
+    ToolSpec,
+)
+from amplifier_core.message_models import ToolCall as KernelToolCall
+from amplifier_core.message_models import Usage as KernelUsage
+from amplifier_core.testing import MockCoordinator
+from amplifier_core.validation import ProviderValidator
+from amplifier_core.validation.behavioral import ProviderBehaviorTests
+from amplifier_core.validation.structural import ProviderStructuralTests
+
+from vllm_provider import (
+    COMPLETIONS_PATH,
+    AbortError,
+    AccessDeniedError,
+    AuthenticationError,
+    BatchReport,
+    BenchReport,
+    Choice,
+    Completion,
+    ConfigurationError,
+    ContextLengthError,
+    Delta,
+    InvalidRequestError,
+    InvalidToolCallError,
+    LLMTimeoutError,
+    ModelCard,
+    NetworkError,
+    NotFoundError,
+    ProtocolError,
+    ProviderUnavailableError,
+    RateLimitError,
+    Score,
+    StatusError,
+    Stream,
+    StreamError,
+    TokenLogprob,
+    ToolCall,
+    Usage,
+    VLLMConfig,
+    VLLMProvider,
+    _HarmonySplitter,
+    _SSEDecoder,
+    _ThinkSplitter,
+    build_chat_request,
+    build_completion_request,
+    main,
+    mount,
+    on_session_ready,
+    parse_chat_response,
+    parse_completion_response,
+    request_options,
+    to_html,
+)
 
 WEB: Final = "http://vllm.test"
 COMPLETIONS_URL: Final = f"{WEB}/v1/completions"
@@ -879,12 +1682,20 @@ def web_client(**settings):
 
 
 def sent_bodies(web, url=None):
-    return [json.loads(call.request.body) for call in web.calls if url is None or call.request.url == url]
+    return [
+        json.loads(call.request.body)
+        for call in web.calls
+        if url is None or call.request.url == url
+    ]
 
 
 def changed(value, **fields):
     """Return a value with other fields, be it a dataclass or a named tuple."""
-    return value._replace(**fields) if isinstance(value, tuple) else dataclasses.replace(value, **fields)
+    return (
+        value._replace(**fields)
+        if isinstance(value, tuple)
+        else dataclasses.replace(value, **fields)
+    )
 
 
 def caught(function, *args, **options) -> VLLMError:
@@ -903,6 +1714,348 @@ def told(error: BaseException) -> str:
     return text
 
 
+# ---- Stand-in: its tests ----------------------------------------------------
+
+
+CHAT_OF_STAND_IN: Final = {"messages": [{"role": "user", "content": "Hello"}]}
+
+
+def posted(server, path="/v1/completions", **body):
+    """Return status and payload of a request that no client has touched."""
+    http_reply = requests.post(server.url + path, json=body, timeout=20)
+    return http_reply.status_code, http_reply.json()
+
+
+def choice_of(server, path="/v1/completions", **body):
+    """Return the first choice of a reply that must be one."""
+    status, payload = posted(server, path, **body)
+    assert status == 200, payload
+    return payload["choices"][0]
+
+
+@pytest.mark.parametrize(
+    ("system", "user", "thought", "answer"),
+    [pytest.param(*one, id=one[2]) for one in CONVERSATIONS if NOT_READ not in one[1]],
+)
+def test_stand_in_knows_its_conversations_by_heart(system, user, thought, answer, server):
+    turns = [turn for turn in (("system", system), ("user", user)) if turn[1]]
+    choice = choice_of(server, prompt=_turns(*turns) + TURN, max_tokens=500, temperature=0)
+    assert (choice["text"], choice["finish_reason"]) == (
+        f"<think>\n{thought}\n</think>{answer}",
+        "stop",
+    )
+
+
+@pytest.mark.parametrize(
+    "text", ["", "The capital of France is", "zzz", "is The of", f"{TURN}<think>", "é🌸"]
+)
+def test_stand_in_gives_every_token_a_probability(text):
+    row = NGRAMS.after(VOCABULARY.ids(text))
+    assert (len(row), min(row) > 0) == (VOCABULARY.size, True)
+    assert math.fsum(row) == pytest.approx(1)
+
+
+def test_stand_in_has_one_distribution_for_all_it_says(server):
+    prompt, token = "The capital of France is", VOCABULARY.ids(" Paris")[0]
+    sampled = choice_of(server, prompt=prompt, max_tokens=1, temperature=0, logprobs=0)["logprobs"]
+    [expected] = sampled["token_logprobs"]
+    options = {"logprobs": 0, "logprob_token_ids": [token], "return_tokens_as_token_ids": True}
+    by_id = choice_of(server, prompt=prompt, max_tokens=1, seed=3, temperature=2, **options)[
+        "logprobs"
+    ]
+    echoed = choice_of(server, prompt=f"{prompt} Paris", echo=True, max_tokens=0, logprobs=0)
+    scored = choice_of(server, prompt=f"{prompt} Paris", prompt_logprobs=0, max_tokens=1)
+    said = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 1, "temperature": 0}
+    chat = choice_of(server, _CHAT_PATH, **said, logprobs=True)["logprobs"]["content"]
+    raw = choice_of(server, prompt=_rendered(said, False), max_tokens=1, temperature=0, logprobs=0)
+
+    assert by_id["top_logprobs"][0][f"token_id:{token}"] == expected
+    assert echoed["logprobs"]["token_logprobs"][-1] == expected
+    assert scored["prompt_logprobs"][-1][str(token)] == {
+        "logprob": expected,
+        "rank": 1,
+        "decoded_token": " Paris",
+    }
+    assert [chat[0]["logprob"]] == raw["logprobs"]["token_logprobs"]
+
+
+def test_stand_in_expects_a_sentence_more_than_its_words_in_another_order(server):
+    def logprob(text):
+        entries = choice_of(server, prompt=text, prompt_logprobs=0, max_tokens=1)["prompt_logprobs"]
+        return sum(value["logprob"] for entry in entries[1:] for value in entry.values())
+
+    assert logprob("The capital of Italy is Rome.") > logprob("The is Rome of Italy capital.") + 10
+
+
+def test_stand_in_draws_as_it_is_told(server):
+    def text(**options):
+        return choice_of(server, prompt="The capital of", max_tokens=30, **options)["text"]
+
+    greedy = text()
+    assert (
+        text(temperature=1, top_k=1)
+        == text(temperature=2, top_p=0.01)
+        == text(temperature=1, min_p=1)
+        == greedy
+    )
+    assert text(temperature=1, seed=7) == text(temperature=1, seed=7)
+    assert len({text(temperature=1, seed=seed) for seed in range(10)}) > 3
+    _, payload = posted(server, prompt="The capital of", max_tokens=30, temperature=1, seed=7, n=3)
+    assert [choice["text"] for choice in payload["choices"]] == [
+        text(temperature=1, seed=seed) for seed in (7, 8, 9)
+    ]
+
+
+PERSON: Final = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string"},
+        "age": {"type": "integer", "minimum": 18},
+        "role": {"enum": ["cook", "pilot"]},
+        "friends": {"type": "array", "items": {"$ref": "#/$defs/Name"}},
+        "note": {"anyOf": [{"type": "null"}, {"type": "boolean"}]},
+        "kind": {"const": "person"},
+    },
+    "$defs": {"Name": {"type": "string"}},
+}
+
+
+def test_stand_in_writes_what_a_schema_allows(server):
+    options = {
+        "response_format": {"type": "json_schema", "json_schema": {"name": "p", "schema": PERSON}}
+    }
+    person = json.loads(choice_of(server, prompt="x", max_tokens=200, **options)["text"])
+    assert list(person) == list(PERSON["properties"])
+    assert (person["age"], person["role"] in ("cook", "pilot"), person["kind"]) == (
+        18,
+        True,
+        "person",
+    )
+    assert isinstance(person["name"], str)
+    assert [type(friend) for friend in person["friends"]] == [str]
+
+
+def test_stand_in_writes_one_of_the_choices_after_its_reasoning(server):
+    choices = {"structured_outputs": {"choice": ["ja", "né 🌸"]}}
+    texts = [
+        choice_of(server, prompt="x", temperature=1, seed=seed, **choices)["text"]
+        for seed in range(20)
+    ]
+    assert set(texts) == {"ja", "né 🌸"}
+    message = choice_of(server, _CHAT_PATH, **CHAT_OF_STAND_IN, **choices)["message"]
+    assert (message["reasoning"], message["content"] in texts) == ("\nA greeting.\n", True)
+
+
+@pytest.mark.parametrize(
+    ("choice", "finish_reason"),
+    [
+        pytest.param("auto", "tool_calls", id="auto"),
+        pytest.param("required", "tool_calls", id="required"),
+        pytest.param({"type": "function", "function": {"name": "get_weather"}}, "stop", id="named"),
+        pytest.param("none", "stop", id="none"),
+    ],
+)
+def test_stand_in_calls_tools(choice, finish_reason, server):
+    said = {
+        "messages": [{"role": "user", "content": "What is the weather in Paris?"}],
+        "tools": [WEATHER],
+    }
+    reply = choice_of(server, _CHAT_PATH, **said, tool_choice=choice)
+    calls = [call["function"] for call in reply["message"].get("tool_calls", [])]
+    assert reply["finish_reason"] == finish_reason
+    assert calls == [{"name": "get_weather", "arguments": '{"city": "Paris"}'}] * (choice != "none")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param(
+            {"prompt": "Once upon a time", "max_tokens": 30, "stop": ["count", "zzz"]},
+            id="stop-string",
+        ),
+        pytest.param(
+            {"prompt": "Once upon a time", "stop_token_ids": VOCABULARY.ids(" model")},
+            id="stop-token",
+        ),
+        pytest.param({"prompt": "Count to 100.", "max_tokens": 7, "ignore_eos": True}, id="length"),
+        pytest.param(
+            {"prompt": "né 🌸", "echo": True, "max_tokens": 0, "logprobs": 2}, id="echo-alone"
+        ),
+        pytest.param(
+            {"prompt": ["What is 2+2?", "Hello"], "echo": True, "logprobs": 1}, id="two-prompts"
+        ),
+        pytest.param(
+            {"messages": [{"role": "user", "content": "Say hello in Japanese."}]},
+            id="split-characters",
+        ),
+        pytest.param(
+            {"messages": [{"role": "user", "content": _BOTH}], "tools": [WEATHER]}, id="tool-calls"
+        ),
+    ],
+)
+def test_stand_in_streams_what_it_says_whole(options, server, connect):
+    client = connect(server, default_model=None)
+    is_chat = "messages" in options
+    ask, stream = (
+        (client.chat, client.stream_chat) if is_chat else (client.complete, client.stream_complete)
+    )
+    input_ = options["messages" if is_chat else "prompt"]
+    rest = {name: value for name, value in options.items() if name not in ("messages", "prompt")}
+    whole = ask(input_, **rest)
+    with stream(input_, **rest) as parts:
+        streamed = "".join(delta.text for delta in parts if delta.index == 0)
+
+    def content(completion):
+        """Return what both kinds of reply have."""
+        choices = []
+        for choice in completion.choices:
+            calls = [(call.name, call.arguments) for call in choice.tool_calls]
+            text = (
+                choice.text.strip() if calls else choice.text
+            )  # the line breaks around calls are streamed
+            tokens = [(token.token, token.logprob) for token in choice.logprobs or ()]
+            choices.append(
+                (text, choice.reasoning, calls, tokens, choice.finish_reason, choice.stop_reason)
+            )
+        return choices, completion.usage
+
+    assert content(parts.completion) == content(whole)
+    assert "\ufffd" not in streamed
+
+
+@pytest.mark.parametrize(
+    ("body", "param", "message"),
+    [
+        pytest.param(
+            {"temperature": "warm"},
+            "body.temperature",
+            "unable to parse string as a number",
+            id="warm",
+        ),
+        pytest.param(
+            {"temperature": -1}, "temperature", "must be non-negative, got -1.0.", id="negative"
+        ),
+        pytest.param({"n": 0}, None, "n must be at least 1, got 0.", id="n-0"),
+        pytest.param(
+            {"n": 2, "temperature": 0}, None, "n must be 1 when using greedy sampling", id="greedy"
+        ),
+        pytest.param(
+            {"stop": list("abcde")},
+            "body.stop",
+            "at most 4 items after validation, not 5",
+            id="stops",
+        ),
+        pytest.param({"stop": 7}, "body.stop", "Input should be a valid string", id="stop-7"),
+        pytest.param(
+            {"max_tokens": 1.5}, "body.max_tokens", "with a fractional part", id="fraction"
+        ),
+        pytest.param({"logprobs": 21}, "logprobs", "greater than max allowed: 20", id="logprobs"),
+        pytest.param(
+            {"stream_options": {}}, "stream_options", "only be defined when", id="no-stream"
+        ),
+        pytest.param(
+            {"stream": True, "prompt_logprobs": 1}, "prompt_logprobs", "not available", id="stream"
+        ),
+        pytest.param(
+            {"stream": True, "use_beam_search": True}, "use_beam_search", "", id="beam-search"
+        ),
+        pytest.param(
+            {"logprob_token_ids": [5]},
+            "logprob_token_ids",
+            "`logprobs` must be set",
+            id="no-logprobs",
+        ),
+        pytest.param({"prompt": [10**6]}, None, "is out of vocabulary", id="ids"),
+        pytest.param({"messages": []}, None, "empty conversation", id="no-messages"),
+        pytest.param(
+            {**CHAT_OF_STAND_IN, "tools": []}, "tools", "must not be an empty array", id="no-tools"
+        ),
+        pytest.param(
+            {**CHAT_OF_STAND_IN, "tool_choice": "auto"},
+            "tool_choice",
+            "`tools` must be set",
+            id="choice",
+        ),
+        pytest.param(
+            {**CHAT_OF_STAND_IN, "top_logprobs": 1}, "top_logprobs", "must be set to true", id="top"
+        ),
+        pytest.param(
+            {"messages": [{"content": "x"}]}, None, "KeyError('role')", id="whatever-it-cannot-read"
+        ),
+        pytest.param([1], "body", "valid dictionary", id="no-object"),
+    ],
+)
+def test_stand_in_refuses_what_vllm_refuses(body, param, message, server):
+    path = _CHAT_PATH if "messages" in body else _COMPLETIONS_PATH
+    if isinstance(body, dict) and path == _COMPLETIONS_PATH:
+        body = {"prompt": "Hello", **body}
+    http_reply = requests.post(server.url + path, json=body, timeout=20)
+    error = http_reply.json()["error"]
+    assert (http_reply.status_code, error["code"], error["param"]) == (400, 400, param)
+    assert message in error["message"]
+
+
+@pytest.mark.parametrize("path", [_CHAT_PATH, "/tokenize"])
+def test_stand_in_can_be_strict_about_system_messages(path):
+    messages = [{"role": "user", "content": "Hello"}, {"role": "system", "content": "Be brief."}]
+    with StandIn(strict=True) as server:
+        status, payload = posted(server, path, messages=messages)
+        assert (status, payload["error"]["message"]) == (
+            400,
+            "System message must be at the beginning.",
+        )
+        assert posted(server, path, messages=messages[::-1])[0] == 200
+
+
+@contextlib.contextmanager
+def copied_pair(folder, *argv):
+    """Run a copy of both files, as somebody does who has only requests."""
+    for path in (Path(__file__), Path(vllm_provider.__file__)):
+        (folder / path.name).write_bytes(path.read_bytes())
+    for name in ("amplifier_core", "pytest", "responses"):
+        (folder / f"{name}.py").write_text("raise ImportError('as if it were not installed')")
+    command = [sys.executable, "-W", "error", Path(__file__).name, *argv]
+    options = {
+        "stdout": subprocess.PIPE,
+        "stderr": subprocess.PIPE,
+        "text": True,
+        "encoding": "utf-8",
+    }
+    with subprocess.Popen(command, cwd=folder, **options) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def test_stand_in_is_served_from_a_copied_pair_of_files(tmp_path):
+    with copied_pair(tmp_path, "--serve", "0") as process:
+        url = re.search(r"http://127\.0\.0\.1:\d+", process.stdout.readline())[0]
+        assert requests.get(f"{url}/version", timeout=20).json() == {"version": "0.32.0-standin"}
+        process.stdout.readline()
+        process.send_signal(signal.SIGINT)
+        assert (process.wait(20), process.stderr.read()) == (0, "")
+
+
+def test_demo_shows_what_it_promises(tmp_path):
+    with copied_pair(tmp_path, "--pace", "0.01") as process:
+        out, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (0, "")
+    for shown in (
+        "' Paris' 0.735",
+        "stand-in: client left after 15 of 1000 tokens\nthe server generated 15 of 1000 tokens",
+        "City(name='Paris', country='France', is_capital=True)",
+        "get_weather {'city': 'Paris'}\nIt is sunny in Paris, 21 C.",
+        "[' Paris.', ' Rome.', ' Tokyo.', ' Madrid.'] …\n40 replies",
+        "NotFoundError: model not found: 'gpt-4'",
+        f"{len(STEPS)} of {len(STEPS)} worked:",
+    ):
+        assert shown in out
+    done, skipped = re.search(r"60 lines: (\d+) done, 0 failed, (\d+) skipped", out).groups()
+    assert int(done) + int(skipped) == 60
+    assert Path(re.search(r"^/.*heat_map\.html$", out, re.MULTILINE)[0]).stat().st_size > 1000
+
+
 # ---- Module identity --------------------------------------------------------
 
 ERROR_TREE: Final = {
@@ -913,6 +2066,7 @@ ERROR_TREE: Final = {
     "StreamError": ("VLLMError",),
     "AbortError": ("VLLMError",),
     "InvalidToolCallError": ("VLLMError",),
+    "InvalidOutputError": ("VLLMError", "ValueError"),
     "ProtocolError": ("VLLMError",),
     "StatusError": ("VLLMError",),
     "AuthenticationError": ("StatusError",),
@@ -923,12 +2077,34 @@ ERROR_TREE: Final = {
     "RateLimitError": ("StatusError",),
     "ProviderUnavailableError": ("StatusError",),
 }
-RETRYABLE: Final = {"NetworkError", "LLMTimeoutError", "StreamError", "RateLimitError", "ProviderUnavailableError"}
+RETRYABLE: Final = {
+    "NetworkError",
+    "LLMTimeoutError",
+    "StreamError",
+    "RateLimitError",
+    "ProviderUnavailableError",
+}
 PUBLIC: Final = {
     *ERROR_TREE,
-    *("VLLMConfig", "VLLMClient", "Stream", "Completion", "Choice", "TokenLogprob", "Delta", "ToolCall", "Usage"),
+    *(
+        "VLLMConfig",
+        "VLLMClient",
+        "Stream",
+        "Completion",
+        "Choice",
+        "TokenLogprob",
+        "Delta",
+        "ToolCall",
+        "Usage",
+    ),
     *("ModelCard", "VLLMProvider", "mount", "on_session_ready", "request_options", "main"),
-    *("build_completion_request", "build_chat_request", "parse_completion_response", "parse_chat_response"),
+    *(
+        "build_completion_request",
+        "build_chat_request",
+        "parse_completion_response",
+        "parse_chat_response",
+    ),
+    *("Score", "BatchReport", "BenchReport", "to_html"),
 }
 
 
@@ -953,22 +2129,34 @@ def test_version_is_a_literal_that_packaging_reads_without_importing():
 def test_importing_it_imports_nothing_that_few_need():
     code = "import sys, vllm_provider; print(*{'amplifier_core', 'asyncio', 'argparse'} & set(sys.modules))"
     place = pathlib.Path(vllm_provider.__file__).parent
-    run = subprocess.run([sys.executable, "-c", code], cwd=place, capture_output=True, text=True, check=True)
+    run = subprocess.run(
+        [sys.executable, "-c", code], cwd=place, capture_output=True, text=True, check=True
+    )
     assert run.stdout.strip() == ""
 
 
 @pytest.mark.parametrize("name", sorted(PUBLIC))
 def test_every_public_name_and_method_has_a_docstring(name):
     thing = getattr(vllm_provider, name)
-    members = {f"{name}.{key}": value for key, value in vars(thing).items()} if inspect.isclass(thing) else {}
-    shown = {key: value for key, value in members.items() if not key.rpartition(".")[2].startswith("_")}
+    members = (
+        {f"{name}.{key}": value for key, value in vars(thing).items()}
+        if inspect.isclass(thing)
+        else {}
+    )
+    shown = {
+        key: value for key, value in members.items() if not key.rpartition(".")[2].startswith("_")
+    }
     methods = {
         key: value.__func__ if isinstance(value, classmethod | staticmethod) else value
         for key, value in shown.items()
         if isinstance(value, classmethod | staticmethod | property) or inspect.isfunction(value)
     }
-    bare = [key for key, value in {name: thing, **methods}.items() if not (value.__doc__ or "").strip()]
-    generated = [key for key in [name] if (thing.__doc__ or "").startswith(f"{name}(")]  # what dataclass puts there
+    bare = [
+        key for key, value in {name: thing, **methods}.items() if not (value.__doc__ or "").strip()
+    ]
+    generated = [
+        key for key in [name] if (thing.__doc__ or "").startswith(f"{name}(")
+    ]  # what dataclass puts there
     assert bare + generated == []
 
 
@@ -983,7 +2171,9 @@ def test_error_tree_is_the_one_drawn():
     found = {
         name: tuple(base.__name__ for base in thing.__bases__)
         for name, thing in vars(vllm_provider).items()
-        if inspect.isclass(thing) and issubclass(thing, Exception) and thing.__module__ == "vllm_provider"
+        if inspect.isclass(thing)
+        and issubclass(thing, Exception)
+        and thing.__module__ == "vllm_provider"
     }
     assert found == ERROR_TREE
 
@@ -996,7 +2186,10 @@ def test_no_error_is_an_os_error(kind):
 @pytest.mark.parametrize("kind", error_classes())
 def test_an_error_has_every_attribute_without_being_told(kind):
     error = kind("words")
-    assert (str(error), error.status_code, error.retry_after, error.request_id, error.partial) == ("words", *[None] * 4)
+    assert (str(error), error.status_code, error.retry_after, error.request_id, error.partial) == (
+        "words",
+        *[None] * 4,
+    )
     assert error.retryable is (kind.__name__ in RETRYABLE)
 
 
@@ -1007,13 +2200,26 @@ def pickle_copy(value):
 @pytest.mark.parametrize("how", [pickle_copy, copy.copy])
 @pytest.mark.parametrize("kind", error_classes())
 def test_an_error_is_pickled_with_all_its_attributes(kind, how):
-    partial = Completion("c-1", choices=(Choice(text="a", logprobs=(TokenLogprob("a", -math.inf),)),))
-    options = {"status_code": 418, "retryable": True, "retry_after": 1.5, "request_id": "id", "partial": partial}
+    partial = Completion(
+        "c-1", choices=(Choice(text="a", logprobs=(TokenLogprob("a", -math.inf),)),)
+    )
+    options = {
+        "status_code": 418,
+        "retryable": True,
+        "retry_after": 1.5,
+        "request_id": "id",
+        "partial": partial,
+    }
     error = kind("words", **options)
     error.limit, error.input_tokens, error.server_message = 2048, 2510, "no"
     error.tool_name, error.raw_arguments = "get_weather", '{"ci'
     twin = how(error)
-    assert (type(twin), str(twin), twin.args, vars(twin)) == (kind, "words", ("words",), vars(error))
+    assert (type(twin), str(twin), twin.args, vars(twin)) == (
+        kind,
+        "words",
+        ("words",),
+        vars(error),
+    )
     assert twin.partial == partial
 
 
@@ -1031,20 +2237,35 @@ def test_a_context_length_error_from_a_server_is_pickled_whole(web):
 SETTINGS: Final = [
     ("default_model", None, "parrot", "parrot", 7, "must be a string, got 7"),
     ("use_completions", True, "false", False, "maybe", "must be true or false, got 'maybe'"),
-    ("prompt_format", "auto", "raw", "raw", "harmony", "must be auto, chat_template or raw, got 'harmony'"),
-    ("max_tokens", None, "0", 0, "-1", "must be a whole number of at least 0, got '-1'"),
+    (
+        "prompt_format",
+        "auto",
+        "raw",
+        "raw",
+        "harmony",
+        "must be auto, chat_template or raw, got 'harmony'",
+    ),
+    ("max_tokens", None, "0", 0, "-1", "must be an integer of at least 0, got '-1'"),
     ("temperature", None, "0", 0.0, "hot", "must be a number, got 'hot'"),
     ("top_p", None, "0.5", 0.5, [], "must be a number, got []"),
-    ("seed", None, "-1", -1, "1.5", "must be a whole number, got '1.5'"),
+    ("seed", None, "-1", -1, "1.5", "must be an integer, got '1.5'"),
     ("stop", None, "\n\n", "\n\n", [1], "must be a string or a list of strings, got [1]"),
-    ("logprobs", None, "2", 2, "many", "must be a whole number, true or false, got 'many'"),
+    ("logprobs", None, "2", 2, "many", "must be an integer, true or false, got 'many'"),
     ("reasoning_effort", None, "low", "low", 1, "must be a string, got 1"),
     ("timeout", 300.0, "60", 60.0, "soon", "must be a positive number of seconds, got 'soon'"),
-    ("stream_idle_timeout", 300.0, "0.5", 0.5, 0, "must be a positive number of seconds, got 0"),
-    ("connect_timeout", 10.0, "inf", math.inf, "nan", "must be a positive number of seconds, got 'nan'"),
-    ("max_retries", 3, "0", 0, 1.5, "must be a whole number of at least 0, got 1.5"),
+    ("stream_idle_timeout", None, "0.5", 0.5, 0, "must be a positive number of seconds, got 0"),
+    (
+        "connect_timeout",
+        10.0,
+        "inf",
+        math.inf,
+        "nan",
+        "must be a positive number of seconds, got 'nan'",
+    ),
+    ("max_retries", None, "0", 0, 1.5, "must be an integer of at least 0, got 1.5"),
+    ("min_retry_delay", 0.5, "0.1", 0.1, 0, "must be a positive number of seconds, got 0"),
     ("max_retry_delay", 30.0, "1e1", 10.0, -1, "must be a positive number of seconds, got -1"),
-    ("max_concurrency", 64, "128", 128, 0, "must be a whole number of at least 1, got 0"),
+    ("max_concurrency", 64, "128", 128, 0, "must be an integer of at least 1, got 0"),
     (
         "verify",
         True,
@@ -1053,13 +2274,13 @@ SETTINGS: Final = [
         "/no/such.pem",
         "must be true, false or the path of a CA bundle that exists, got ",
     ),
-    ("context_window", None, "32768", 32768, "32k", "must be a whole number of at least 1, got '32k'"),
-    ("max_output_tokens", None, "1", 1, 0, "must be a whole number of at least 1, got 0"),
+    ("context_window", None, "32768", 32768, "32k", "must be an integer of at least 1, got '32k'"),
+    ("max_output_tokens", None, "1", 1, 0, "must be an integer of at least 1, got 0"),
     ("use_streaming", True, "off", False, 2, "must be true or false, got 2"),
-    ("priority", 100, "5", 5, "first", "must be a whole number, got 'first'"),
+    ("priority", 100, "5", 5, "first", "must be an integer, got 'first'"),
     ("debug", False, "true", True, "verbose", "must be true or false, got 'verbose'"),
     ("raw_debug", False, "Yes", True, "", None),
-    ("debug_truncate_length", 180, "40", 40, 0, "must be a whole number of at least 1, got 0"),
+    ("debug_truncate_length", 180, "40", 40, 0, "must be an integer of at least 1, got 0"),
     ("raw", False, "1", True, None, None),
     # mappings and the key have tables of their own
     ("api_key", "EMPTY", "sk-1", "sk-1", None, None),
@@ -1074,19 +2295,25 @@ def test_every_setting_has_a_row():
     assert len(names) == 1 + len(SETTINGS)
 
 
-@pytest.mark.parametrize(("key", "default"), [pytest.param(*row[:2], id=row[0]) for row in SETTINGS])
+@pytest.mark.parametrize(
+    ("key", "default"), [pytest.param(*row[:2], id=row[0]) for row in SETTINGS]
+)
 @pytest.mark.parametrize("value", [None, "", "${NAME}"])
 def test_setting_not_given(key, default, value):
     assert getattr(VLLMConfig(WEB, **{key: value}), key) == default == getattr(VLLMConfig(WEB), key)
 
 
-@pytest.mark.parametrize(("key", "text", "value"), [pytest.param(r[0], *r[2:4], id=r[0]) for r in SETTINGS])
+@pytest.mark.parametrize(
+    ("key", "text", "value"), [pytest.param(r[0], *r[2:4], id=r[0]) for r in SETTINGS]
+)
 def test_setting_given_as_a_string(key, text, value):
     found = getattr(VLLMConfig(WEB, **{key: text}), key)
     assert (found, type(found)) == (value, type(value))
 
 
-@pytest.mark.parametrize(("key", "bad", "words"), [pytest.param(r[0], *r[4:], id=r[0]) for r in SETTINGS if r[5]])
+@pytest.mark.parametrize(
+    ("key", "bad", "words"), [pytest.param(r[0], *r[4:], id=r[0]) for r in SETTINGS if r[5]]
+)
 def test_bad_setting(key, bad, words):
     error = caught(VLLMConfig, WEB, **{key: bad})
     assert type(error) is ConfigurationError
@@ -1121,7 +2348,12 @@ def test_bad_setting(key, bad, words):
         pytest.param("verify", "TRUE", True, id="verify-in-any-case"),
         pytest.param("verify", __file__, __file__, id="a-bundle"),
         pytest.param("verify", pathlib.Path(__file__), __file__, id="a-bundle-as-a-path"),
-        pytest.param("default_headers", {"X-Team": 7, "X-B": " b "}, {"X-Team": "7", "X-B": "b"}, id="header-values"),
+        pytest.param(
+            "default_headers",
+            {"X-Team": 7, "X-B": " b "},
+            {"X-Team": "7", "X-B": "b"},
+            id="header-values",
+        ),
         pytest.param("api_key", "EMPTY", "EMPTY", id="the-key-vllm-documents-for-none"),
     ],
 )
@@ -1135,20 +2367,25 @@ def test_good_setting(key, value, kept):
     [
         pytest.param("timeout", True, "a positive number of seconds", id="true-is-no-number"),
         pytest.param("timeout", -math.inf, "a positive number of seconds", id="minus-infinity"),
-        pytest.param("max_tokens", 10**400, "a whole number of at least 0", id="too-large-for-a-float"),
-        pytest.param("max_tokens", True, "a whole number of at least 0", id="true-is-no-count"),
+        pytest.param("max_tokens", 10**400, "an integer of at least 0", id="too-large-for-a-float"),
+        pytest.param("max_tokens", True, "an integer of at least 0", id="true-is-no-count"),
         pytest.param("temperature", math.nan, "a number", id="nan-is-not-json"),
         pytest.param("temperature", math.inf, "a number", id="infinity-is-not-json"),
         pytest.param("temperature", -math.inf, "a number", id="nor-is-minus-infinity"),
         pytest.param("temperature", "-inf", "a number", id="nor-as-text"),
         pytest.param("top_p", 1j, "a number", id="complex"),
-        pytest.param("seed", "inf", "a whole number", id="infinity-is-not-whole"),
-        pytest.param("priority", None.__class__, "a whole number", id="a-class"),
+        pytest.param("seed", "inf", "an integer", id="infinity-is-not-whole"),
+        pytest.param("priority", None.__class__, "an integer", id="a-class"),
         pytest.param("stop", b"END", "a string or a list of strings", id="bytes"),
-        pytest.param("stop", ["a", None], "a string or a list of strings", id="none-among-the-stops"),
+        pytest.param(
+            "stop", ["a", None], "a string or a list of strings", id="none-among-the-stops"
+        ),
         pytest.param("use_completions", [], "true or false", id="a-list-is-no-flag"),
         pytest.param(
-            "verify", "maybe", "true, false or the path of a CA bundle that exists", id="neither-flag-nor-file"
+            "verify",
+            "maybe",
+            "true, false or the path of a CA bundle that exists",
+            id="neither-flag-nor-file",
         ),
     ],
 )
@@ -1156,33 +2393,72 @@ def test_worse_setting(key, value, words):
     assert str(caught(VLLMConfig, WEB, **{key: value})) == f"{key} must be {words}, got {value!r}"
 
 
-def test_stream_idle_timeout_is_timeout_unless_given():
-    assert VLLMConfig(WEB, timeout=7).stream_idle_timeout == 7.0
-    assert VLLMConfig(WEB, timeout=7, stream_idle_timeout=9).stream_idle_timeout == 9.0
-
-
-def test_changing_the_timeout_of_a_configuration_takes_the_idle_timeout_along():
-    client = VLLMClient(VLLMConfig(WEB), timeout=7)
-    assert (client.config.timeout, client.config.stream_idle_timeout) == (7.0, 7.0)
+@pytest.mark.parametrize("given", [None, 60.0])
+def test_a_copy_keeps_an_explicit_idle_timeout(given):
+    client = VLLMClient(VLLMConfig(WEB, timeout=60, stream_idle_timeout=given), timeout=600)
+    assert (client.config.timeout, client.config.stream_idle_timeout) == (600.0, given)
 
 
 @pytest.mark.parametrize(
     ("given", "environment", "found"),
     [
-        pytest.param({}, {"VLLM_BASE_URL": f"{WEB}/v1"}, (WEB, "EMPTY"), id="base-url-from-the-environment"),
-        pytest.param({"base_url": ""}, {"VLLM_BASE_URL": WEB}, (WEB, "EMPTY"), id="empty-is-not-given"),
-        pytest.param({"base_url": "${VLLM_URL}"}, {"VLLM_BASE_URL": WEB}, (WEB, "EMPTY"), id="unexpanded-is-not-given"),
-        pytest.param({"base_url": WEB}, {"VLLM_BASE_URL": "http://other"}, (WEB, "EMPTY"), id="explicit-url-wins"),
-        pytest.param({"base_url": WEB}, {"VLLM_API_KEY": "k"}, (WEB, "k"), id="key-from-the-environment"),
-        pytest.param({"base_url": WEB, "api_key": "a"}, {"VLLM_API_KEY": "k"}, (WEB, "a"), id="explicit-key-wins"),
-        pytest.param({"base_url": WEB, "api_key": "EMPTY"}, {"VLLM_API_KEY": "k"}, (WEB, "EMPTY"), id="so-does-EMPTY"),
-        pytest.param({"base_url": WEB, "api_key": ""}, {"VLLM_API_KEY": "k"}, (WEB, "k"), id="empty-key-is-not-given"),
         pytest.param(
-            {"base_url": WEB, "api_key": "${K}"}, {"VLLM_API_KEY": "k"}, (WEB, "k"), id="nor-an-unexpanded-one"
+            {}, {"VLLM_BASE_URL": f"{WEB}/v1"}, (WEB, "EMPTY"), id="base-url-from-the-environment"
         ),
-        pytest.param({"base_url": WEB}, {"VLLM_API_KEY": ""}, (WEB, "EMPTY"), id="an-empty-variable-is-none"),
-        pytest.param({"base_url": WEB}, {"VLLM_API_KEY": "${K}"}, (WEB, "EMPTY"), id="an-unexpanded-variable-is-none"),
-        pytest.param({"base_url": WEB}, {"VLLM_TIMEOUT": "1"}, (WEB, "EMPTY"), id="no-other-variable-counts"),
+        pytest.param(
+            {"base_url": ""}, {"VLLM_BASE_URL": WEB}, (WEB, "EMPTY"), id="empty-is-not-given"
+        ),
+        pytest.param(
+            {"base_url": "${VLLM_URL}"},
+            {"VLLM_BASE_URL": WEB},
+            (WEB, "EMPTY"),
+            id="unexpanded-is-not-given",
+        ),
+        pytest.param(
+            {"base_url": WEB},
+            {"VLLM_BASE_URL": "http://other"},
+            (WEB, "EMPTY"),
+            id="explicit-url-wins",
+        ),
+        pytest.param(
+            {"base_url": WEB}, {"VLLM_API_KEY": "k"}, (WEB, "k"), id="key-from-the-environment"
+        ),
+        pytest.param(
+            {"base_url": WEB, "api_key": "a"},
+            {"VLLM_API_KEY": "k"},
+            (WEB, "a"),
+            id="explicit-key-wins",
+        ),
+        pytest.param(
+            {"base_url": WEB, "api_key": "EMPTY"},
+            {"VLLM_API_KEY": "k"},
+            (WEB, "EMPTY"),
+            id="so-does-EMPTY",
+        ),
+        pytest.param(
+            {"base_url": WEB, "api_key": ""},
+            {"VLLM_API_KEY": "k"},
+            (WEB, "k"),
+            id="empty-key-is-not-given",
+        ),
+        pytest.param(
+            {"base_url": WEB, "api_key": "${K}"},
+            {"VLLM_API_KEY": "k"},
+            (WEB, "k"),
+            id="nor-an-unexpanded-one",
+        ),
+        pytest.param(
+            {"base_url": WEB}, {"VLLM_API_KEY": ""}, (WEB, "EMPTY"), id="an-empty-variable-is-none"
+        ),
+        pytest.param(
+            {"base_url": WEB},
+            {"VLLM_API_KEY": "${K}"},
+            (WEB, "EMPTY"),
+            id="an-unexpanded-variable-is-none",
+        ),
+        pytest.param(
+            {"base_url": WEB}, {"VLLM_TIMEOUT": "1"}, (WEB, "EMPTY"), id="no-other-variable-counts"
+        ),
     ],
 )
 def test_environment(monkeypatch, given, environment, found):
@@ -1215,11 +2491,19 @@ def test_bad_base_url_in_the_environment(monkeypatch):
         pytest.param("http://localhost:8000//v1//", "http://localhost:8000", id="slashes"),
         pytest.param("https://gpu.example", "https://gpu.example", id="default-port"),
         pytest.param("https://gpu.example/openai/v1/", "https://gpu.example/openai", id="prefix"),
-        pytest.param("https://gpu.example/v1/models/llama", "https://gpu.example/v1/models/llama", id="v1-inside"),
-        pytest.param("https://gpu.example/myv1", "https://gpu.example/myv1", id="a-name-that-ends-in-v1"),
+        pytest.param(
+            "https://gpu.example/v1/models/llama",
+            "https://gpu.example/v1/models/llama",
+            id="v1-inside",
+        ),
+        pytest.param(
+            "https://gpu.example/myv1", "https://gpu.example/myv1", id="a-name-that-ends-in-v1"
+        ),
         pytest.param("http://[::1]:8000/v1", "http://[::1]:8000", id="ipv6"),
         pytest.param("  http://localhost:8000 \n", "http://localhost:8000", id="blanks-around"),
-        pytest.param("HTTPS://gpu.example", "https://gpu.example", id="scheme-in-capitals-is-the-same-scheme"),
+        pytest.param(
+            "HTTPS://gpu.example", "https://gpu.example", id="scheme-in-capitals-is-the-same-scheme"
+        ),
     ],
 )
 def test_good_base_url(url, root):
@@ -1265,7 +2549,9 @@ def test_base_url_that_is_no_string():
         pytest.param({"api_key": f"{SECRET}\n"}, id="key-read-with-its-line-break"),
         pytest.param({"api_key": f"“{SECRET}”"}, id="key-in-typographic-quotes"),
         pytest.param({"api_key": [SECRET]}, id="key-in-a-list"),
-        pytest.param({"default_headers": {"X-Key": f"{SECRET}\r\nX: 1"}}, id="line-break-in-a-header"),
+        pytest.param(
+            {"default_headers": {"X-Key": f"{SECRET}\r\nX: 1"}}, id="line-break-in-a-header"
+        ),
         pytest.param({"default_headers": {"X-Key": f"{SECRET}é"}}, id="letter-no-header-can-hold"),
         pytest.param({"default_headers": f"X-Key: {SECRET}"}, id="headers-as-text"),
         pytest.param({"default_headers": [("X-Key", SECRET)]}, id="headers-as-pairs"),
@@ -1317,7 +2603,10 @@ def test_no_error_tells_a_secret(settings):
             id="header-number",
         ),
         pytest.param(
-            "default_headers", {"": "1"}, "default_headers must have HTTP header names as keys, got ''", id="no-name"
+            "default_headers",
+            {"": "1"},
+            "default_headers must have HTTP header names as keys, got ''",
+            id="no-name",
         ),
         pytest.param(
             "default_headers",
@@ -1325,8 +2614,15 @@ def test_no_error_tells_a_secret(settings):
             "default_headers must be a mapping, got a list",
             id="headers-as-list",
         ),
-        pytest.param("extra_body", {1: SECRET}, "extra_body must have strings as keys, got 1", id="a-number-as-key"),
-        pytest.param("extra_body", [("a", SECRET)], "extra_body must be a mapping, got a list", id="pairs"),
+        pytest.param(
+            "extra_body",
+            {1: SECRET},
+            "extra_body must have strings as keys, got 1",
+            id="a-number-as-key",
+        ),
+        pytest.param(
+            "extra_body", [("a", SECRET)], "extra_body must be a mapping, got a list", id="pairs"
+        ),
     ],
 )
 def test_words_about_a_secret_setting(key, value, words):
@@ -1335,7 +2631,12 @@ def test_words_about_a_secret_setting(key, value, words):
 
 def test_repr_shows_what_differs_from_the_defaults_and_no_secret():
     config = VLLMConfig(
-        f"{WEB}/v1", api_key=SECRET, temperature=0, default_headers={"X-Key": SECRET}, timeout=5, use_completions=False
+        f"{WEB}/v1",
+        api_key=SECRET,
+        temperature=0,
+        default_headers={"X-Key": SECRET},
+        timeout=5,
+        use_completions=False,
     )
     assert repr(config) == (
         "VLLMConfig(base_url='http://vllm.test', use_completions=False, api_key='***', temperature=0.0, timeout=5.0,"
@@ -1346,7 +2647,14 @@ def test_repr_shows_what_differs_from_the_defaults_and_no_secret():
 
 
 def test_a_configuration_is_frozen_comparable_and_pickled():
-    config = VLLMConfig(WEB, api_key=SECRET, extra_body={"top_k": 1}, stop=["a"], timeout="5", default_headers={"X": 1})
+    config = VLLMConfig(
+        WEB,
+        api_key=SECRET,
+        extra_body={"top_k": 1},
+        stop=["a"],
+        timeout="5",
+        default_headers={"X": 1},
+    )
     assert pickle.loads(pickle.dumps(config)) == config == copy.deepcopy(config)
     assert pickle.loads(pickle.dumps(config)).api_key == SECRET
     with pytest.raises(dataclasses.FrozenInstanceError):
@@ -1360,7 +2668,11 @@ def test_a_configuration_neither_changes_nor_follows_what_it_was_made_of():
     config = VLLMConfig(WEB, extra_body=extra, stop=stop, default_headers=headers)
     extra["top_k"], headers["X"] = 2, "2"
     stop.append("b")
-    assert (config.extra_body, config.stop, config.default_headers) == ({"top_k": 1}, ["a"], {"X": "1"})
+    assert (config.extra_body, config.stop, config.default_headers) == (
+        {"top_k": 1},
+        ["a"],
+        {"X": "1"},
+    )
 
 
 def test_configurations_do_not_share_a_default():
@@ -1380,7 +2692,9 @@ def test_configurations_do_not_share_a_default():
         pytest.param("connect_time_out", "; did you mean 'connect_timeout'?", id="written-apart"),
         pytest.param("zzzz", "", id="like-nothing"),
         *(
-            pytest.param(name, "; it is a parameter of vLLM's: put it under extra_body", id=f"vllm-{name}")
+            pytest.param(
+                name, "; it is a parameter of vLLM's: put it under extra_body", id=f"vllm-{name}"
+            )
             for name in (
                 "top_k min_p repetition_penalty presence_penalty frequency_penalty stop_token_ids bad_words ignore_eos"
                 " min_tokens skip_special_tokens logit_bias allowed_token_ids prompt_logprobs return_token_ids n echo"
@@ -1461,25 +2775,66 @@ def model_config(**settings):
     [
         pytest.param({}, {}, {}, id="nothing-is-invented"),
         pytest.param(
-            {}, {"temperature": 0, "seed": 0, "top_p": 0.0}, {"temperature": 0, "seed": 0, "top_p": 0.0}, id="0"
+            {},
+            {"temperature": 0, "seed": 0, "top_p": 0.0},
+            {"temperature": 0, "seed": 0, "top_p": 0.0},
+            id="0",
         ),
-        pytest.param({}, {"echo": False, "ignore_eos": True}, {"echo": False, "ignore_eos": True}, id="false-is-sent"),
-        pytest.param({}, {"stop": "", "suffix": ""}, {"stop": "", "suffix": ""}, id="an-empty-string-is-sent"),
-        pytest.param({}, {"stop": [], "tools": []}, {"stop": [], "tools": []}, id="an-empty-list-is-sent"),
-        pytest.param({}, {"temperature": None, "n": None, "top_k": None}, {}, id="none-is-not-given"),
+        pytest.param(
+            {},
+            {"echo": False, "ignore_eos": True},
+            {"echo": False, "ignore_eos": True},
+            id="false-is-sent",
+        ),
+        pytest.param(
+            {}, {"stop": "", "suffix": ""}, {"stop": "", "suffix": ""}, id="an-empty-string-is-sent"
+        ),
+        pytest.param(
+            {}, {"stop": [], "tools": []}, {"stop": [], "tools": []}, id="an-empty-list-is-sent"
+        ),
+        pytest.param(
+            {}, {"temperature": None, "n": None, "top_k": None}, {}, id="none-is-not-given"
+        ),
         pytest.param({}, {"stream": None}, {}, id="not-even-for-stream"),
-        pytest.param({}, {"response_format": {"a": None}}, {"response_format": {"a": None}}, id="none-inside-is-kept"),
-        pytest.param({}, {"top_k": 3, "min_p": 0.1, "new": [1]}, {"top_k": 3, "min_p": 0.1, "new": [1]}, id="as-given"),
-        pytest.param({}, {"n": "2", "temperature": -5}, {"n": "2", "temperature": -5}, id="the-server-judges"),
-        pytest.param({}, {"logit_bias": {7: -1.5}}, {"logit_bias": {7: -1.5}}, id="json-makes-keys-of-numbers"),
+        pytest.param(
+            {},
+            {"response_format": {"a": None}},
+            {"response_format": {"a": None}},
+            id="none-inside-is-kept",
+        ),
+        pytest.param(
+            {},
+            {"top_k": 3, "min_p": 0.1, "new": [1]},
+            {"top_k": 3, "min_p": 0.1, "new": [1]},
+            id="as-given",
+        ),
+        pytest.param(
+            {}, {"n": "2", "temperature": -5}, {"n": "2", "temperature": -5}, id="the-server-judges"
+        ),
+        pytest.param(
+            {},
+            {"logit_bias": {7: -1.5}},
+            {"logit_bias": {7: -1.5}},
+            id="json-makes-keys-of-numbers",
+        ),
         pytest.param({}, {"model": "other"}, {"model": "other"}, id="another-model"),
         pytest.param({}, {"model": None}, {}, id="none-leaves-the-configured-model"),
         pytest.param({}, {"max_tokens": 5}, {"max_tokens": 5}, id="max-tokens"),
         pytest.param({}, {"max_tokens": 0}, {"max_tokens": 0}, id="max-tokens-0"),
         pytest.param({"max_tokens": 7}, {}, {"max_tokens": 7}, id="configured-max-tokens"),
         pytest.param({"max_tokens": 0}, {}, {"max_tokens": 0}, id="configured-max-tokens-0"),
-        pytest.param({"max_tokens": 7}, {"max_tokens": None}, {"max_tokens": 7}, id="none-leaves-what-is-configured"),
-        pytest.param({}, {"stream_options": {"x": 1}}, {"stream_options": {"x": 1}}, id="without-a-stream-as-given"),
+        pytest.param(
+            {"max_tokens": 7},
+            {"max_tokens": None},
+            {"max_tokens": 7},
+            id="none-leaves-what-is-configured",
+        ),
+        pytest.param(
+            {},
+            {"stream_options": {"x": 1}},
+            {"stream_options": {"x": 1}},
+            id="without-a-stream-as-given",
+        ),
         pytest.param(
             {"temperature": 0, "top_p": 0.5, "seed": 1, "stop": ["a"], "reasoning_effort": "low"},
             {},
@@ -1487,17 +2842,34 @@ def model_config(**settings):
             id="settings-are-sent",
         ),
         pytest.param(
-            {"temperature": 1, "seed": 1}, {"temperature": 0}, {"temperature": 0, "seed": 1}, id="a-call-wins"
+            {"temperature": 1, "seed": 1},
+            {"temperature": 0},
+            {"temperature": 0, "seed": 1},
+            id="a-call-wins",
         ),
         pytest.param(
-            {"priority": 5, "use_completions": False, "raw": True}, {}, {}, id="our-own-settings-are-not-sent"
+            {"priority": 5, "use_completions": False, "raw": True},
+            {},
+            {},
+            id="our-own-settings-are-not-sent",
         ),
         pytest.param({}, {"priority": 5}, {"priority": 5}, id="vllms-priority"),
         pytest.param({"extra_body": {"top_k": 1}}, {}, {"top_k": 1}, id="extra-body"),
-        pytest.param({"extra_body": {"top_k": 1}}, {"top_k": 2}, {"top_k": 1}, id="extra-body-is-merged-last"),
-        pytest.param({"extra_body": {"temperature": 0}, "temperature": 1}, {}, {"temperature": 0}, id="over-settings"),
-        pytest.param({"extra_body": {"model": "other"}}, {}, {"model": "other"}, id="over-the-model"),
-        pytest.param({}, {"extra_body": {"top_k": 2}, "top_k": 3}, {"top_k": 2}, id="a-calls-own-extra-body"),
+        pytest.param(
+            {"extra_body": {"top_k": 1}}, {"top_k": 2}, {"top_k": 1}, id="extra-body-is-merged-last"
+        ),
+        pytest.param(
+            {"extra_body": {"temperature": 0}, "temperature": 1},
+            {},
+            {"temperature": 0},
+            id="over-settings",
+        ),
+        pytest.param(
+            {"extra_body": {"model": "other"}}, {}, {"model": "other"}, id="over-the-model"
+        ),
+        pytest.param(
+            {}, {"extra_body": {"top_k": 2}, "top_k": 3}, {"top_k": 2}, id="a-calls-own-extra-body"
+        ),
         pytest.param(
             {"extra_body": {"top_k": 1, "n": 2}},
             {"extra_body": {"top_k": 2}},
@@ -1506,8 +2878,18 @@ def model_config(**settings):
         ),
         pytest.param({}, {"extra_body": None}, {}, id="no-extra-body"),
         pytest.param({}, {"extra_body": {}}, {}, id="empty-extra-body"),
-        pytest.param({}, {"timeout": 5, "stream_idle_timeout": 6, "deadline": 7}, {}, id="limits-belong-to-the-call"),
-        pytest.param({}, {"user": "Zoë 🌸\u2028\x00"}, {"user": "Zoë 🌸\u2028\x00"}, id="any-text-that-is-unicode"),
+        pytest.param(
+            {},
+            {"timeout": 5, "stream_idle_timeout": 6, "deadline": 7},
+            {},
+            id="limits-belong-to-the-call",
+        ),
+        pytest.param(
+            {},
+            {"user": "Zoë 🌸\u2028\x00"},
+            {"user": "Zoë 🌸\u2028\x00"},
+            id="any-text-that-is-unicode",
+        ),
     ],
 )
 def test_request_body(build, body, settings, params, added):
@@ -1520,10 +2902,22 @@ def test_request_body(build, body, settings, params, added):
     ("settings", "params", "completions", "chat"),
     [
         pytest.param({}, {}, {}, {}, id="not-given"),
-        pytest.param({}, {"logprobs": 2}, {"logprobs": 2}, {"logprobs": True, "top_logprobs": 2}, id="n"),
-        pytest.param({}, {"logprobs": 0}, {"logprobs": 0}, {"logprobs": True, "top_logprobs": 0}, id="0"),
-        pytest.param({}, {"logprobs": 1}, {"logprobs": 1}, {"logprobs": True, "top_logprobs": 1}, id="1"),
-        pytest.param({}, {"logprobs": -1}, {"logprobs": -1}, {"logprobs": True, "top_logprobs": -1}, id="-1-passes"),
+        pytest.param(
+            {}, {"logprobs": 2}, {"logprobs": 2}, {"logprobs": True, "top_logprobs": 2}, id="n"
+        ),
+        pytest.param(
+            {}, {"logprobs": 0}, {"logprobs": 0}, {"logprobs": True, "top_logprobs": 0}, id="0"
+        ),
+        pytest.param(
+            {}, {"logprobs": 1}, {"logprobs": 1}, {"logprobs": True, "top_logprobs": 1}, id="1"
+        ),
+        pytest.param(
+            {},
+            {"logprobs": -1},
+            {"logprobs": -1},
+            {"logprobs": True, "top_logprobs": -1},
+            id="-1-passes",
+        ),
         pytest.param({}, {"logprobs": True}, {"logprobs": 1}, {"logprobs": True}, id="true"),
         pytest.param({}, {"logprobs": False}, {}, {}, id="false-would-switch-completions-on"),
         pytest.param({}, {"logprobs": None}, {}, {}, id="none"),
@@ -1534,15 +2928,31 @@ def test_request_body(build, body, settings, params, added):
             {"logprobs": True, "top_logprobs": 3},
             id="as-chat-spells-it",
         ),
-        pytest.param({"logprobs": 2}, {}, {"logprobs": 2}, {"logprobs": True, "top_logprobs": 2}, id="configured"),
-        pytest.param({"logprobs": "true"}, {}, {"logprobs": 1}, {"logprobs": True}, id="configured-true"),
+        pytest.param(
+            {"logprobs": 2},
+            {},
+            {"logprobs": 2},
+            {"logprobs": True, "top_logprobs": 2},
+            id="configured",
+        ),
+        pytest.param(
+            {"logprobs": "true"}, {}, {"logprobs": 1}, {"logprobs": True}, id="configured-true"
+        ),
         pytest.param({"logprobs": False}, {}, {}, {}, id="configured-false"),
         pytest.param({"logprobs": 2}, {"logprobs": False}, {}, {}, id="switched-off-for-one-call"),
         pytest.param(
-            {"logprobs": 2}, {"logprobs": 0}, {"logprobs": 0}, {"logprobs": True, "top_logprobs": 0}, id="0-wins"
+            {"logprobs": 2},
+            {"logprobs": 0},
+            {"logprobs": 0},
+            {"logprobs": True, "top_logprobs": 0},
+            id="0-wins",
         ),
         pytest.param(
-            {"extra_body": {"logprobs": 4}}, {}, {"logprobs": 4}, {"logprobs": True, "top_logprobs": 4}, id="extra-body"
+            {"extra_body": {"logprobs": 4}},
+            {},
+            {"logprobs": 4},
+            {"logprobs": True, "top_logprobs": 4},
+            id="extra-body",
         ),
     ],
 )
@@ -1554,11 +2964,23 @@ def test_logprobs_mean_the_same_on_both_endpoints(settings, params, completions,
         [type(completions.get("logprobs"))],
     )
     built = build_chat_request(config, "Once", **params)
-    assert (built, [type(built.get("logprobs"))]) == (CHAT_BODY | chat, [type(chat.get("logprobs"))])
+    assert (built, [type(built.get("logprobs"))]) == (
+        CHAT_BODY | chat,
+        [type(chat.get("logprobs"))],
+    )
 
 
 @pytest.mark.parametrize(
-    "prompt", ["", "Once", ["a", "b"], [1, 2, 3], [[1, 2], [3]], [], pytest.param(None, id="none-for-prompt-embeds")]
+    "prompt",
+    [
+        "",
+        "Once",
+        ["a", "b"],
+        [1, 2, 3],
+        [[1, 2], [3]],
+        [],
+        pytest.param(None, id="none-for-prompt-embeds"),
+    ],
 )
 def test_a_prompt_is_sent_as_typed(prompt):
     built = build_completion_request(VLLMConfig(WEB), prompt)
@@ -1595,7 +3017,10 @@ def test_messages(messages, sent):
 def test_messages_that_are_none(messages):
     error = caught(build_chat_request, VLLMConfig(WEB), messages)
     assert type(error) is ConfigurationError
-    assert str(error) == "messages must be a string or a list of dicts like {'role': 'user', 'content': '…'}"
+    assert (
+        str(error)
+        == "messages must be a string or a list of dicts like {'role': 'user', 'content': '…'}"
+    )
 
 
 LOOP: Final[list[Any]] = []
@@ -1608,7 +3033,10 @@ LOOP.append(LOOP)
     [
         *(
             pytest.param(
-                settings, params, "stream is not a parameter here; stream_complete() and stream_chat() stream", id=i
+                settings,
+                params,
+                "stream is not a parameter here; stream_complete() and stream_chat() stream",
+                id=i,
             )
             for i, settings, params in (
                 ("stream", {}, {"stream": True}),
@@ -1617,34 +3045,42 @@ LOOP.append(LOOP)
                 ("stream-in-the-configuration", {"extra_body": {"stream": True}}, {}),
             )
         ),
-        pytest.param({}, {"extra_body": "top_k=1"}, "extra_body must be a mapping, got a str", id="text"),
-        pytest.param({}, {"extra_body": {1: 2}}, "extra_body must have strings as keys, got 1", id="key"),
-        pytest.param({}, {"temperature": math.nan}, "the request is not JSON: Out of range float values", id="nan"),
-        pytest.param({}, {"temperature": math.inf}, "the request is not JSON: Out of range float values", id="inf"),
         pytest.param(
-            {}, {"logit_bias": {"1": -math.inf}}, "the request is not JSON: Out of range float", id="inf-inside"
+            {}, {"extra_body": "top_k=1"}, "extra_body must be a mapping, got a str", id="text"
         ),
         pytest.param(
-            {"extra_body": {"x": math.nan}}, {}, "the request is not JSON: Out of range float", id="nan-config"
+            {}, {"extra_body": {1: 2}}, "extra_body must have strings as keys, got 1", id="key"
         ),
-        pytest.param({}, {"user": "\ud83c"}, "the request holds a lone surrogate, which UTF-8 has no", id="surrogate"),
-        pytest.param({}, {"x": {"\udfff": 1}}, "the request holds a lone surrogate, which UTF-8 has no", id="in-a-key"),
-        pytest.param({}, {"x": b"raw"}, "the request is not JSON: Object of type bytes is not JSON", id="bytes"),
-        pytest.param({}, {"x": {1, 2}}, "the request is not JSON: Object of type set is not JSON", id="set"),
-        pytest.param({}, {"x": object()}, "the request is not JSON: Object of type object is not JSON", id="object"),
+        pytest.param({}, {"temperature": math.nan}, "Out of range float values", id="nan"),
+        pytest.param({}, {"temperature": math.inf}, "Out of range float values", id="inf"),
+        pytest.param({}, {"logit_bias": {"1": -math.inf}}, "Out of range float", id="inf-inside"),
+        pytest.param({"extra_body": {"x": math.nan}}, {}, "Out of range float", id="nan-config"),
         pytest.param(
-            {}, {"x": {(1, 2): 3}}, "the request is not JSON: keys must be str, int, float,", id="tuple-as-key"
+            {},
+            {"user": "\ud83c"},
+            "the request holds a lone surrogate, which UTF-8 has no",
+            id="surrogate",
         ),
-        pytest.param({}, {"x": LOOP}, "the request is not JSON: Circular reference detected", id="circle"),
+        pytest.param(
+            {},
+            {"x": {"\udfff": 1}},
+            "the request holds a lone surrogate, which UTF-8 has no",
+            id="in-a-key",
+        ),
+        pytest.param({}, {"x": b"raw"}, "Object of type bytes is not JSON", id="bytes"),
+        pytest.param({}, {"x": {1, 2}}, "Object of type set is not JSON", id="set"),
+        pytest.param({}, {"x": object()}, "Object of type object is not JSON", id="object"),
+        pytest.param({}, {"x": {(1, 2): 3}}, "keys must be str, int, float,", id="tuple-as-key"),
+        pytest.param({}, {"x": LOOP}, "Circular reference detected", id="circle"),
     ],
 )
 def test_what_is_not_json_is_not_sent(web, build, body, settings, params, words):
     error = caught(build, model_config(**settings), "Once", **params)
     assert type(error) is ConfigurationError
-    assert str(error).startswith(words)
+    assert words in str(error)
     client = web_client(**settings)
     call = client.complete if build is build_completion_request else client.chat
-    assert str(caught(call, "Once", **params)).startswith(words)
+    assert words in str(caught(call, "Once", **params))
     assert len(web.calls) == 0
 
 
@@ -1658,8 +3094,17 @@ def test_an_error_never_quotes_a_prompt(build, body, text):
 @pytest.mark.parametrize("build", [build_completion_request, build_chat_request])
 def test_arguments_are_never_changed(build):
     config = model_config(extra_body={"a": {"b": [1]}}, stop=["x"], logprobs=2)
-    source = [{"role": "user", "content": [{"type": "text", "text": "Hi"}]}] if build is build_chat_request else ["a"]
-    params = {"stop": ["y"], "extra_body": {"c": {"d": 1}}, "stream_options": {"e": 1}, "logprobs": True}
+    source = (
+        [{"role": "user", "content": [{"type": "text", "text": "Hi"}]}]
+        if build is build_chat_request
+        else ["a"]
+    )
+    params = {
+        "stop": ["y"],
+        "extra_body": {"c": {"d": 1}},
+        "stream_options": {"e": 1},
+        "logprobs": True,
+    }
     before = copy.deepcopy((config, source, params))
     body = build(config, source, **params)
     body["stop"] = body["new"] = None
@@ -1672,13 +3117,21 @@ def test_arguments_are_never_changed(build):
     ("params", "options"),
     [
         pytest.param({}, {"include_usage": True}, id="usage-is-asked-for"),
-        pytest.param({"stream_options": {"include_usage": False}}, {"include_usage": False}, id="unless-refused"),
+        pytest.param(
+            {"stream_options": {"include_usage": False}},
+            {"include_usage": False},
+            id="unless-refused",
+        ),
         pytest.param(
             {"stream_options": {"continuous_usage_stats": True}},
             {"include_usage": True, "continuous_usage_stats": True},
             id="more-is-merged-over-it",
         ),
-        pytest.param({"extra_body": {"stream_options": {"a": 1}}}, {"include_usage": True, "a": 1}, id="in-extra-body"),
+        pytest.param(
+            {"extra_body": {"stream_options": {"a": 1}}},
+            {"include_usage": True, "a": 1},
+            id="in-extra-body",
+        ),
     ],
 )
 def test_a_stream_asks_for_its_usage(web, method, params, options):
@@ -1744,23 +3197,56 @@ def payload_of(version, choices, usage, **fields):
     is_chat = "message" in choices[0]
     nulls = {"service_tier": None, "system_fingerprint": None, "kv_transfer_params": None}
     prompt = {"prompt_logprobs": None, "prompt_token_ids": None}
-    usual = {"index": 0, "logprobs": None, "finish_reason": "stop", "stop_reason": None, "token_ids": None}
-    message = {"role": "assistant", "content": None, "refusal": None, "annotations": None, "audio": None}
+    usual = {
+        "index": 0,
+        "logprobs": None,
+        "finish_reason": "stop",
+        "stop_reason": None,
+        "token_ids": None,
+    }
+    message = {
+        "role": "assistant",
+        "content": None,
+        "refusal": None,
+        "annotations": None,
+        "audio": None,
+    }
     message |= {"function_call": None, "tool_calls": []}
     if version == "0.32.0":
-        nulls |= {"system_fingerprint": "vllm-0.32.0-359db4ba", "ec_transfer_params": None, "metrics": None}
+        nulls |= {
+            "system_fingerprint": "vllm-0.32.0-359db4ba",
+            "ec_transfer_params": None,
+            "metrics": None,
+        }
         usual |= {"routed_experts": None}
         del message["tool_calls"]
     choices = [usual | (prompt if not is_chat else {}) | choice for choice in choices]
     choices = [one | ({"message": message | one["message"]} if is_chat else {}) for one in choices]
-    counts = {"prompt_tokens": usage[0], "total_tokens": sum(usage[:2]), "completion_tokens": usage[1]}
+    counts = {
+        "prompt_tokens": usage[0],
+        "total_tokens": sum(usage[:2]),
+        "completion_tokens": usage[1],
+    }
     counts["prompt_tokens_details"] = None
     if len(usage) > 2:
         counts["prompt_tokens_details"] = {"cached_tokens": usage[2], "created_cache_tokens": 0}
-        counts["completion_tokens_details"] = None if usage[3] is None else {"reasoning_tokens": usage[3]}
-    head = {"id": "chatcmpl-1ba7" if is_chat else "cmpl-4be1", "created": 1795330566, "model": "parrot"}
+        counts["completion_tokens_details"] = (
+            None if usage[3] is None else {"reasoning_tokens": usage[3]}
+        )
+    head = {
+        "id": "chatcmpl-1ba7" if is_chat else "cmpl-4be1",
+        "created": 1795330566,
+        "model": "parrot",
+    }
     head["object"] = "chat.completion" if is_chat else "text_completion"
-    return {**head, "choices": choices, **nulls, **(prompt if is_chat else {}), "usage": counts, **fields}
+    return {
+        **head,
+        "choices": choices,
+        **nulls,
+        **(prompt if is_chat else {}),
+        "usage": counts,
+        **fields,
+    }
 
 
 def usage_of(prompt, output, cached=None, reasoning=None):
@@ -1772,7 +3258,12 @@ def token(text, logprob, top=(), raw=False, **more):
 
 
 def entry(text, logprob, *top):
-    return {"token": text, "logprob": logprob, "bytes": list(text.encode()), "top_logprobs": [entry2(*t) for t in top]}
+    return {
+        "token": text,
+        "logprob": logprob,
+        "bytes": list(text.encode()),
+        "top_logprobs": [entry2(*t) for t in top],
+    }
 
 
 def entry2(text, logprob):
@@ -1780,7 +3271,11 @@ def entry2(text, logprob):
 
 
 def wire_call(call_id, arguments):
-    return {"id": call_id, "type": "function", "function": {"name": "get_weather", "arguments": arguments}}
+    return {
+        "id": call_id,
+        "type": "function",
+        "function": {"name": "get_weather", "arguments": arguments},
+    }
 
 
 def weather(call_id, arguments):
@@ -1789,7 +3284,16 @@ def weather(call_id, arguments):
 
 ECHOED: Final = {
     "text_offset": [0, 3, 11, 14, 21, 24, 30, 31],
-    "token_logprobs": [None, -8.606485366821289, -14.0050048828125, -0.00027, -0.00026, -0.00031, -0.00018, -0.00019],
+    "token_logprobs": [
+        None,
+        -8.606485366821289,
+        -14.0050048828125,
+        -0.00027,
+        -0.00026,
+        -0.00031,
+        -0.00018,
+        -0.00019,
+    ],
     "tokens": ["The", " capital", " of", " France", " is", " Paris", ".", "<|im_end|>"],
     "top_logprobs": [
         None,
@@ -1822,7 +3326,11 @@ ECHOED_TOKENS: Final = (
         -8.606485366821289,
         [token(" is", -0.4424225389957428), token(" capital", -8.606485366821289)],
     ),
-    token(" of", -14.0050048828125, [token(" France", -0.0010991015005856752), token(" of", -14.0050048828125)]),
+    token(
+        " of",
+        -14.0050048828125,
+        [token(" France", -0.0010991015005856752), token(" of", -14.0050048828125)],
+    ),
     *(
         token(text, logprob, [token(text, logprob)])
         for text, logprob in zip(ECHOED["tokens"][3:], ECHOED["token_logprobs"][3:], strict=True)
@@ -1858,20 +3366,36 @@ TWO_ALTERNATIVES: Final = {
 TWO_ALTERNATIVES_TOKENS: Final = tuple(
     token(text, logprob, [token(other, value) for other, value in top.items()])
     for text, logprob, top in zip(
-        TWO_ALTERNATIVES["tokens"], TWO_ALTERNATIVES["token_logprobs"], TWO_ALTERNATIVES["top_logprobs"], strict=True
+        TWO_ALTERNATIVES["tokens"],
+        TWO_ALTERNATIVES["token_logprobs"],
+        TWO_ALTERNATIVES["top_logprobs"],
+        strict=True,
     )
 )
 CHAT_LOGPROBS: Final = {
     "content": [
-        entry("<think>", -0.00021050144277978688, ("<think>", -0.00021050144277978688), ("<tool_call>", -11.95)),
-        entry("世", -0.00019608005823101848, ("世", -0.00019608005823101848), (".", -11.67207145690918)),
+        entry(
+            "<think>",
+            -0.00021050144277978688,
+            ("<think>", -0.00021050144277978688),
+            ("<tool_call>", -11.95),
+        ),
+        entry(
+            "世",
+            -0.00019608005823101848,
+            ("世", -0.00019608005823101848),
+            (".", -11.67207145690918),
+        ),
     ]
 }
 CHAT_LOGPROBS_TOKENS: Final = (
     token(
         "<think>",
         -0.00021050144277978688,
-        [token("<think>", -0.00021050144277978688, raw=True), token("<tool_call>", -11.95, raw=True)],
+        [
+            token("<think>", -0.00021050144277978688, raw=True),
+            token("<tool_call>", -11.95, raw=True),
+        ],
         raw=True,
     ),
     token(
@@ -1884,9 +3408,19 @@ CHAT_LOGPROBS_TOKENS: Final = (
 
 # the version, its choices, its usage; what they become
 COMPLETION_CAPTURES: Final = [
-    pytest.param("0.11.0", [{"text": " Paris."}], (5, 3), [Choice(text=" Paris.", finish_reason="stop")], id="0.11"),
     pytest.param(
-        "0.32.0", [{"text": " Paris."}], (5, 3, 0, None), [Choice(text=" Paris.", finish_reason="stop")], id="0.32"
+        "0.11.0",
+        [{"text": " Paris."}],
+        (5, 3),
+        [Choice(text=" Paris.", finish_reason="stop")],
+        id="0.11",
+    ),
+    pytest.param(
+        "0.32.0",
+        [{"text": " Paris."}],
+        (5, 3, 0, None),
+        [Choice(text=" Paris.", finish_reason="stop")],
+        id="0.32",
     ),
     pytest.param(
         "0.11.0",
@@ -1911,16 +3445,28 @@ COMPLETION_CAPTURES: Final = [
     ),
     pytest.param(
         "0.11.0",
-        [{"index": index, "text": text} for index, text in enumerate((" Paris.", " Paris.", " 4", " 4"))],
+        [
+            {"index": index, "text": text}
+            for index, text in enumerate((" Paris.", " Paris.", " 4", " 4"))
+        ],
         (11, 10),
-        [Choice(index, text, finish_reason="stop") for index, text in enumerate((" Paris.", " Paris.", " 4", " 4"))],
+        [
+            Choice(index, text, finish_reason="stop")
+            for index, text in enumerate((" Paris.", " Paris.", " 4", " 4"))
+        ],
         id="0.11-two-prompts-two-answers-each",
     ),
     pytest.param(
         "0.32.0",
-        [{"index": index, "text": text} for index, text in ((3, " 4"), (1, " Paris."), (0, " Paris"), (2, " four"))],
+        [
+            {"index": index, "text": text}
+            for index, text in ((3, " 4"), (1, " Paris."), (0, " Paris"), (2, " four"))
+        ],
         (11, 10, 0, None),
-        [Choice(i, t, finish_reason="stop") for i, t in enumerate((" Paris", " Paris.", " four", " 4"))],
+        [
+            Choice(i, t, finish_reason="stop")
+            for i, t in enumerate((" Paris", " Paris.", " four", " 4"))
+        ],
         id="0.32-choices-are-put-in-order",
     ),
     pytest.param(
@@ -1932,7 +3478,13 @@ COMPLETION_CAPTURES: Final = [
     ),
     pytest.param(
         "0.32.0",
-        [{"text": "The capital of France is Paris.", "logprobs": ECHOED, "prompt_logprobs": ECHOED_PROMPT}],
+        [
+            {
+                "text": "The capital of France is Paris.",
+                "logprobs": ECHOED,
+                "prompt_logprobs": ECHOED_PROMPT,
+            }
+        ],
         (5, 3, 0, None),
         [
             Choice(
@@ -1960,7 +3512,8 @@ COMPLETION_CAPTURES: Final = [
             Choice(
                 text=" Paris.",
                 logprobs=tuple(
-                    changed(one, token_id=i) for one, i in zip(TWO_ALTERNATIVES_TOKENS, (639, 13, 2), strict=True)
+                    changed(one, token_id=i)
+                    for one, i in zip(TWO_ALTERNATIVES_TOKENS, (639, 13, 2), strict=True)
                 ),
                 token_ids=(639, 13, 2),
                 finish_reason="stop",
@@ -1974,16 +3527,35 @@ COMPLETION_CAPTURES: Final = [
 CHAT_CAPTURES: Final = [
     pytest.param(
         "0.11.0",
-        [{"message": {"content": "\n\n2 + 2 = 4", "reasoning_content": "\nTwo plus two equals four.\n"}}],
+        [
+            {
+                "message": {
+                    "content": "\n\n2 + 2 = 4",
+                    "reasoning_content": "\nTwo plus two equals four.\n",
+                }
+            }
+        ],
         (14, 18),
-        [Choice(text="\n\n2 + 2 = 4", reasoning="\nTwo plus two equals four.\n", finish_reason="stop")],
+        [
+            Choice(
+                text="\n\n2 + 2 = 4",
+                reasoning="\nTwo plus two equals four.\n",
+                finish_reason="stop",
+            )
+        ],
         id="0.11-reasoning-content",
     ),
     pytest.param(
         "0.32.0",
         [{"message": {"content": "\n\n2 + 2 = 4", "reasoning": "\nTwo plus two equals four.\n"}}],
         (14, 18, 0, 8),
-        [Choice(text="\n\n2 + 2 = 4", reasoning="\nTwo plus two equals four.\n", finish_reason="stop")],
+        [
+            Choice(
+                text="\n\n2 + 2 = 4",
+                reasoning="\nTwo plus two equals four.\n",
+                finish_reason="stop",
+            )
+        ],
         id="0.32-reasoning",
     ),
     pytest.param(
@@ -2000,7 +3572,10 @@ CHAT_CAPTURES: Final = [
                 "message": {
                     "content": "\n\n",
                     "reasoning_content": "\nTwo calls.\n",
-                    "tool_calls": [wire_call("chatcmpl-tool-74d5", PARIS), wire_call("chatcmpl-tool-8945", ROME)],
+                    "tool_calls": [
+                        wire_call("chatcmpl-tool-74d5", PARIS),
+                        wire_call("chatcmpl-tool-8945", ROME),
+                    ],
                 },
                 "finish_reason": "tool_calls",
             }
@@ -2010,7 +3585,10 @@ CHAT_CAPTURES: Final = [
             Choice(
                 text="\n\n",
                 reasoning="\nTwo calls.\n",
-                tool_calls=(weather("chatcmpl-tool-74d5", PARIS), weather("chatcmpl-tool-8945", ROME)),
+                tool_calls=(
+                    weather("chatcmpl-tool-74d5", PARIS),
+                    weather("chatcmpl-tool-8945", ROME),
+                ),
                 finish_reason="tool_calls",
             )
         ],
@@ -2022,7 +3600,10 @@ CHAT_CAPTURES: Final = [
             {
                 "message": {
                     "reasoning": "\nTwo calls.\n",
-                    "tool_calls": [wire_call("chatcmpl-tool-8c6d", PARIS), wire_call("chatcmpl-tool-ba05", ROME)],
+                    "tool_calls": [
+                        wire_call("chatcmpl-tool-8c6d", PARIS),
+                        wire_call("chatcmpl-tool-ba05", ROME),
+                    ],
                 },
                 "finish_reason": "tool_calls",
             }
@@ -2031,7 +3612,10 @@ CHAT_CAPTURES: Final = [
         [
             Choice(
                 reasoning="\nTwo calls.\n",
-                tool_calls=(weather("chatcmpl-tool-8c6d", PARIS), weather("chatcmpl-tool-ba05", ROME)),
+                tool_calls=(
+                    weather("chatcmpl-tool-8c6d", PARIS),
+                    weather("chatcmpl-tool-ba05", ROME),
+                ),
                 finish_reason="tool_calls",
             )
         ],
@@ -2039,14 +3623,33 @@ CHAT_CAPTURES: Final = [
     ),
     pytest.param(
         "0.32.0",
-        [{"message": {"content": "", "reasoning": "\nI need it.\n", "tool_calls": [wire_call("call-a1ff", PARIS)]}}],
+        [
+            {
+                "message": {
+                    "content": "",
+                    "reasoning": "\nI need it.\n",
+                    "tool_calls": [wire_call("call-a1ff", PARIS)],
+                }
+            }
+        ],
         (28, 31, 0, 7),
-        [Choice(reasoning="\nI need it.\n", tool_calls=(weather("call-a1ff", PARIS),), finish_reason="stop")],
+        [
+            Choice(
+                reasoning="\nI need it.\n",
+                tool_calls=(weather("call-a1ff", PARIS),),
+                finish_reason="stop",
+            )
+        ],
         id="0.32-a-named-tool-finishes-with-stop",
     ),
     pytest.param(
         "0.32.0",
-        [{"message": {"content": WEATHER_CUT, "reasoning": "\nI need the tool.\n"}, "finish_reason": "length"}],
+        [
+            {
+                "message": {"content": WEATHER_CUT, "reasoning": "\nI need the tool.\n"},
+                "finish_reason": "length",
+            }
+        ],
         (28, 22, 0, 7),
         [Choice(text=WEATHER_CUT, reasoning="\nI need the tool.\n", finish_reason="length")],
         id="0.32-a-call-that-was-cut-stays-text",
@@ -2055,7 +3658,10 @@ CHAT_CAPTURES: Final = [
         "0.32.0",
         [
             {
-                "message": {"reasoning": "Broken.", "tool_calls": [wire_call("chatcmpl-tool-8e50", '{"city": "Par')]},
+                "message": {
+                    "reasoning": "Broken.",
+                    "tool_calls": [wire_call("chatcmpl-tool-8e50", '{"city": "Par')],
+                },
                 "finish_reason": "tool_calls",
                 "stop_reason": 200012,
             }
@@ -2080,19 +3686,37 @@ CHAT_CAPTURES: Final = [
     ),
     pytest.param(
         "0.11.0",
-        [{"message": {"content": "Hello!", "reasoning_content": "\nA greeting.\n"}, "logprobs": CHAT_LOGPROBS}],
+        [
+            {
+                "message": {"content": "Hello!", "reasoning_content": "\nA greeting.\n"},
+                "logprobs": CHAT_LOGPROBS,
+            }
+        ],
         (9, 19),
-        [Choice(text="Hello!", reasoning="\nA greeting.\n", logprobs=CHAT_LOGPROBS_TOKENS, finish_reason="stop")],
+        [
+            Choice(
+                text="Hello!",
+                reasoning="\nA greeting.\n",
+                logprobs=CHAT_LOGPROBS_TOKENS,
+                finish_reason="stop",
+            )
+        ],
         id="0.11-logprobs-cover-the-markup",
     ),
     pytest.param(
         "0.32.0",
-        [{"message": {"content": "a"}, "logprobs": CHAT_LOGPROBS, "token_ids": [649, 7]}, {"index": 1, "message": {}}],
+        [
+            {"message": {"content": "a"}, "logprobs": CHAT_LOGPROBS, "token_ids": [649, 7]},
+            {"index": 1, "message": {}},
+        ],
         (9, 19, 0, None),
         [
             Choice(
                 text="a",
-                logprobs=tuple(changed(one, token_id=i) for one, i in zip(CHAT_LOGPROBS_TOKENS, (649, 7), strict=True)),
+                logprobs=tuple(
+                    changed(one, token_id=i)
+                    for one, i in zip(CHAT_LOGPROBS_TOKENS, (649, 7), strict=True)
+                ),
                 token_ids=(649, 7),
                 finish_reason="stop",
             ),
@@ -2109,7 +3733,11 @@ def test_captured_completion(version, choices, usage, expected):
     before = copy.deepcopy(payload)
     reply = parse_completion_response(payload)
     assert reply == Completion(
-        "cmpl-4be1", model="parrot", choices=tuple(expected), usage=usage_of(*usage), payload=payload
+        "cmpl-4be1",
+        model="parrot",
+        choices=tuple(expected),
+        usage=usage_of(*usage),
+        payload=payload,
     )
     assert payload == before
 
@@ -2119,23 +3747,40 @@ def test_captured_chat(version, choices, usage, expected):
     payload = payload_of(version, choices, usage)
     reply = parse_chat_response(payload)
     assert reply == Completion(
-        "chatcmpl-1ba7", model="parrot", choices=tuple(expected), usage=usage_of(*usage), payload=payload
+        "chatcmpl-1ba7",
+        model="parrot",
+        choices=tuple(expected),
+        usage=usage_of(*usage),
+        payload=payload,
     )
     first = reply.choices[0]
     found = (reply.text, reply.reasoning, reply.tool_calls, reply.finish_reason, reply.logprobs)
-    assert found == (first.text, first.reasoning, first.tool_calls, first.finish_reason, first.logprobs)
+    assert found == (
+        first.text,
+        first.reasoning,
+        first.tool_calls,
+        first.finish_reason,
+        first.logprobs,
+    )
 
 
 def test_chat_tells_of_the_prompt_at_the_top():
     told_of = {"prompt_logprobs": ECHOED_PROMPT, "prompt_token_ids": [1, 643, 590, 637, 298]}
-    payload = payload_of("0.32.0", [{"message": {"content": "a"}}, {"index": 1, "message": {}}], (5, 1), **told_of)
+    payload = payload_of(
+        "0.32.0", [{"message": {"content": "a"}}, {"index": 1, "message": {}}], (5, 1), **told_of
+    )
     for choice in parse_chat_response(payload).choices:
         assert choice.prompt_logprobs == ECHOED_PROMPT_TOKENS
         assert choice.prompt_token_ids == (1, 643, 590, 637, 298)
 
 
 def test_the_prompts_own_token_is_the_one_its_id_names():
-    entries = [{"298": {"logprob": -0.4, "rank": 1, "decoded_token": " is"}, "643": {"logprob": -8.6, "rank": 195}}]
+    entries = [
+        {
+            "298": {"logprob": -0.4, "rank": 1, "decoded_token": " is"},
+            "643": {"logprob": -8.6, "rank": 195},
+        }
+    ]
     choice = {"text": "a", "prompt_logprobs": entries, "prompt_token_ids": [643]}
     (own,) = parse_completion_response({"choices": [choice]}).choices[0].prompt_logprobs
     assert (own.token_id, own.token, own.logprob, own.rank) == (643, "", -8.6, 195)
@@ -2144,12 +3789,21 @@ def test_the_prompts_own_token_is_the_one_its_id_names():
 
 def test_alternatives_in_a_prompt_are_likeliest_first_without_a_rank_too():
     entries = [
-        {str(i): {"logprob": p, "rank": None, "decoded_token": "x"} for i, p in ((1, -9.0), (2, -9999.0), (3, -1.0))}
+        {
+            str(i): {"logprob": p, "rank": None, "decoded_token": "x"}
+            for i, p in ((1, -9.0), (2, -9999.0), (3, -1.0))
+        }
     ]
     (own,) = (
-        parse_completion_response({"choices": [{"text": "a", "prompt_logprobs": entries}]}).choices[0].prompt_logprobs
+        parse_completion_response({"choices": [{"text": "a", "prompt_logprobs": entries}]})
+        .choices[0]
+        .prompt_logprobs
     )
-    assert [(other.token_id, other.logprob) for other in own.top] == [(3, -1.0), (1, -9.0), (2, -math.inf)]
+    assert [(other.token_id, other.logprob) for other in own.top] == [
+        (3, -1.0),
+        (1, -9.0),
+        (2, -math.inf),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -2159,14 +3813,18 @@ def test_alternatives_in_a_prompt_are_likeliest_first_without_a_rank_too():
         pytest.param({"choices": [{"text": None, "index": None}]}, "", id="nulls"),
         pytest.param({"error": None, "choices": [{"text": "a"}]}, "a", id="error-null-is-no-error"),
         pytest.param({"choices": [{"text": "a"}], "usage": {}}, "a", id="empty-usage"),
-        pytest.param({"choices": [{"text": "a", "new": {"x": 1}}], "other": 1}, "a", id="fields-yet-unknown"),
+        pytest.param(
+            {"choices": [{"text": "a", "new": {"x": 1}}], "other": 1}, "a", id="fields-yet-unknown"
+        ),
         pytest.param({"id": None, "model": None, "choices": [{"text": "a"}]}, "a", id="no-name"),
     ],
 )
 def test_a_reply_with_little_in_it(payload, text):
     expected = Completion(choices=(Choice(text=text),), payload=payload)
     assert parse_completion_response(payload) == expected
-    chat = payload | {"choices": [{"message": {"content": one.get("text")}} for one in payload["choices"]]}
+    chat = payload | {
+        "choices": [{"message": {"content": one.get("text")}} for one in payload["choices"]]
+    }
     assert parse_chat_response(chat) == changed(expected, payload=chat)
 
 
@@ -2191,19 +3849,50 @@ def test_usage_without_its_total():
         pytest.param({"choices": ["a"]}, id="a-choice-is-text"),
         pytest.param({"choices": [None]}, id="a-choice-is-null"),
         pytest.param({"choices": [{"text": 5}]}, id="text-is-a-number"),
-        pytest.param({"choices": [{"message": {"content": [{"type": "text"}]}}]}, id="content-in-parts"),
-        pytest.param({"choices": [{"text": "a", "index": [1]}]}, id="index-is-a-list"),
-        pytest.param({"choices": [{"text": "a", "index": "x"}, {"text": "b"}]}, id="an-index-is-text"),
-        pytest.param({"choices": [{"text": "a"}], "usage": [1]}, id="usage-is-a-list"),
-        pytest.param({"choices": [{"text": "a", "logprobs": {"tokens": ["a"]}}]}, id="lists-are-missing"),
-        pytest.param({"choices": [{"text": "a", "logprobs": {"tokens": ["a"], "token_logprobs": []}}]}, id="too-short"),
-        pytest.param({"choices": [{"text": "a", "logprobs": {"content": [{"logprob": 1}]}}]}, id="token-is-missing"),
-        pytest.param({"choices": [{"message": {"tool_calls": ["get_weather"]}}]}, id="a-call-is-text"),
-        pytest.param({"choices": [{"message": {"tool_calls": [{"function": {"arguments": [1]}}]}}]}, id="arguments"),
-        pytest.param({"choices": [{"text": "a", "prompt_logprobs": [{"x": {"logprob": -1}}]}]}, id="id-is-no-number"),
-        pytest.param({"choices": [{"text": "a", "prompt_logprobs": [{"1": {}}]}]}, id="a-prompts-logprob-is-missing"),
         pytest.param(
-            {"choices": [{"text": "a", "prompt_logprobs": [None, {"1": {"logprob": -1}}], "prompt_token_ids": [1]}]},
+            {"choices": [{"message": {"content": [{"type": "text"}]}}]}, id="content-in-parts"
+        ),
+        pytest.param({"choices": [{"text": "a", "index": [1]}]}, id="index-is-a-list"),
+        pytest.param(
+            {"choices": [{"text": "a", "index": "x"}, {"text": "b"}]}, id="an-index-is-text"
+        ),
+        pytest.param({"choices": [{"text": "a"}], "usage": [1]}, id="usage-is-a-list"),
+        pytest.param(
+            {"choices": [{"text": "a", "logprobs": {"tokens": ["a"]}}]}, id="lists-are-missing"
+        ),
+        pytest.param(
+            {"choices": [{"text": "a", "logprobs": {"tokens": ["a"], "token_logprobs": []}}]},
+            id="too-short",
+        ),
+        pytest.param(
+            {"choices": [{"text": "a", "logprobs": {"content": [{"logprob": 1}]}}]},
+            id="token-is-missing",
+        ),
+        pytest.param(
+            {"choices": [{"message": {"tool_calls": ["get_weather"]}}]}, id="a-call-is-text"
+        ),
+        pytest.param(
+            {"choices": [{"message": {"tool_calls": [{"function": {"arguments": [1]}}]}}]},
+            id="arguments",
+        ),
+        pytest.param(
+            {"choices": [{"text": "a", "prompt_logprobs": [{"x": {"logprob": -1}}]}]},
+            id="id-is-no-number",
+        ),
+        pytest.param(
+            {"choices": [{"text": "a", "prompt_logprobs": [{"1": {}}]}]},
+            id="a-prompts-logprob-is-missing",
+        ),
+        pytest.param(
+            {
+                "choices": [
+                    {
+                        "text": "a",
+                        "prompt_logprobs": [None, {"1": {"logprob": -1}}],
+                        "prompt_token_ids": [1],
+                    }
+                ]
+            },
             id="more-logprobs-than-ids",
         ),
     ],
@@ -2231,12 +3920,24 @@ def test_not_what_vllm_sends(parse, payload):
 def test_logprob(sent, logprob, probability):
     listed = {"tokens": ["a"], "token_logprobs": [sent], "top_logprobs": [{"a": sent}]}
     completion = parse_completion_response({"choices": [{"text": "a", "logprobs": listed}]})
-    content = [{"token": "a", "logprob": sent, "bytes": None, "top_logprobs": [{"token": "a", "logprob": sent}]}]
-    chat = parse_chat_response({"choices": [{"message": {"content": "a"}, "logprobs": {"content": content}}]})
+    content = [
+        {
+            "token": "a",
+            "logprob": sent,
+            "bytes": None,
+            "top_logprobs": [{"token": "a", "logprob": sent}],
+        }
+    ]
+    chat = parse_chat_response(
+        {"choices": [{"message": {"content": "a"}, "logprobs": {"content": content}}]}
+    )
     one = TokenLogprob("a", logprob)
     for reply in (completion, chat):
         assert reply.logprobs == (changed(one, top=(one,)),)
-        assert (reply.logprobs[0].probability, reply.logprobs[0].top[0].probability) == (probability, probability)
+        assert (reply.logprobs[0].probability, reply.logprobs[0].top[0].probability) == (
+            probability,
+            probability,
+        )
 
 
 @pytest.mark.parametrize(
@@ -2245,35 +3946,50 @@ def test_logprob(sent, logprob, probability):
         pytest.param(None, id="null"),
         pytest.param({"content": None}, id="content-null"),
         pytest.param({"content": []}, id="content-empty"),
-        pytest.param({"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}, id="lists-empty"),
+        pytest.param(
+            {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []},
+            id="lists-empty",
+        ),
     ],
 )
 def test_no_logprobs(logprobs):
-    assert parse_completion_response({"choices": [{"text": "a", "logprobs": logprobs}]}).logprobs == ()
+    assert (
+        parse_completion_response({"choices": [{"text": "a", "logprobs": logprobs}]}).logprobs == ()
+    )
 
 
 @pytest.mark.parametrize("top", [None, [None], [{}]])
 def test_logprobs_without_alternatives(top):
     logprobs = {"tokens": ["a"], "token_logprobs": [-1.0], "top_logprobs": top}
-    assert parse_completion_response({"choices": [{"text": "a", "logprobs": logprobs}]}).logprobs == (token("a", -1.0),)
+    assert parse_completion_response(
+        {"choices": [{"text": "a", "logprobs": logprobs}]}
+    ).logprobs == (token("a", -1.0),)
 
 
 def test_a_token_that_is_spelled_as_its_id():
-    logprobs = {"tokens": ["token_id:639"], "token_logprobs": [-1.0], "top_logprobs": [{"token_id:639": -1.0}]}
+    logprobs = {
+        "tokens": ["token_id:639"],
+        "token_logprobs": [-1.0],
+        "top_logprobs": [{"token_id:639": -1.0}],
+    }
     (one,) = parse_completion_response({"choices": [{"text": "a", "logprobs": logprobs}]}).logprobs
     assert (one.token, one.token_id, one.top[0].token_id) == ("token_id:639", 639, 639)
 
 
 def test_a_token_that_only_begins_like_an_id():
     content = [{"token": "token_id:x", "logprob": -1.0}]
-    reply = parse_chat_response({"choices": [{"message": {"content": "a"}, "logprobs": {"content": content}}]})
+    reply = parse_chat_response(
+        {"choices": [{"message": {"content": "a"}, "logprobs": {"content": content}}]}
+    )
     assert reply.logprobs == (TokenLogprob("token_id:x", -1.0),)
 
 
 @pytest.mark.parametrize("ids", [None, [], [1, 2]])
 def test_ids_that_do_not_belong_to_the_tokens_are_not_theirs(ids):
     logprobs = {"tokens": ["a"], "token_logprobs": [-1.0], "top_logprobs": None}
-    reply = parse_completion_response({"choices": [{"text": "a", "logprobs": logprobs, "token_ids": ids}]})
+    reply = parse_completion_response(
+        {"choices": [{"text": "a", "logprobs": logprobs, "token_ids": ids}]}
+    )
     assert (reply.logprobs[0].token_id, reply.choices[0].token_ids) == (None, tuple(ids or ()))
 
 
@@ -2295,10 +4011,17 @@ LIKELIEST: Final = [(" a", -0.5), (" b", -2.0), (" c", -3.0), (" d", -math.inf)]
 def test_alternatives_are_likeliest_first_and_at_most_n(web, is_chat, params, count):
     listed = {"tokens": [" d"], "token_logprobs": [-9999.0], "top_logprobs": [MANY]}
     content = [
-        {"token": " d", "logprob": -9999.0, "top_logprobs": [{"token": t, "logprob": p} for t, p in MANY.items()]}
+        {
+            "token": " d",
+            "logprob": -9999.0,
+            "top_logprobs": [{"token": t, "logprob": p} for t, p in MANY.items()],
+        }
     ]
     choice = {"message": {"content": " d"}, "logprobs": {"content": content}}
-    web.post(re.compile(".*"), json={"choices": [choice if is_chat else {"text": " d", "logprobs": listed}]})
+    web.post(
+        re.compile(".*"),
+        json={"choices": [choice if is_chat else {"text": " d", "logprobs": listed}]},
+    )
     client = web_client()
     reply = (client.chat if is_chat else client.complete)("Once", **params)
     assert [(other.token, other.logprob) for other in reply.logprobs[0].top] == LIKELIEST[:count]
@@ -2315,7 +4038,12 @@ def test_alternatives_in_a_prompt_are_at_most_n(web):
     choice = {"text": "a", "prompt_logprobs": ECHOED_PROMPT}
     web.post(COMPLETIONS_URL, json={"choices": [choice]})
     told_of = web_client().complete("Once", prompt_logprobs=1).choices[0].prompt_logprobs
-    assert [[other.token for other in one.top] for one in told_of[1:]] == [[" is"], [" France"], [" France"], [" is"]]
+    assert [[other.token for other in one.top] for one in told_of[1:]] == [
+        [" is"],
+        [" France"],
+        [" France"],
+        [" is"],
+    ]
     assert [one.token for one in told_of[1:]] == [" capital", " of", " France", " is"]
 
 
@@ -2353,13 +4081,19 @@ def test_bad_arguments(arguments, quoted):
     assert str(error) == (
         f"the model called 'get_weather' with arguments that are not a JSON object: {quoted}; was it cut by max_tokens?"
     )
-    assert (error.tool_name, error.raw_arguments, error.retryable) == ("get_weather", arguments, False)
+    assert (error.tool_name, error.raw_arguments, error.retryable) == (
+        "get_weather",
+        arguments,
+        False,
+    )
 
 
 @pytest.mark.parametrize(
     ("function", "arguments"),
     [
-        pytest.param({"name": "f", "arguments": {"a": 1}}, '{"a": 1}', id="an-object-in-place-of-text"),
+        pytest.param(
+            {"name": "f", "arguments": {"a": 1}}, '{"a": 1}', id="an-object-in-place-of-text"
+        ),
         pytest.param({"name": "f", "arguments": {}}, "{}", id="an-empty-object"),
         pytest.param({"name": "f", "arguments": None}, "", id="null"),
         pytest.param({"name": "f"}, "", id="missing"),
@@ -2417,13 +4151,19 @@ def test_a_completion_without_choices():
         pytest.param(Usage(1, 2, 3), id="Usage"),
         pytest.param(Delta(1, "a", token_ids=(5,)), id="Delta"),
         pytest.param(Choice(1, "a", logprobs=ECHOED_TOKENS), id="Choice"),
-        pytest.param(Completion("id", choices=(Choice(text="a"),), payload={"x": 1}), id="Completion"),
+        pytest.param(
+            Completion("id", choices=(Choice(text="a"),), payload={"x": 1}), id="Completion"
+        ),
         pytest.param(ModelCard("parrot", 2048), id="ModelCard"),
     ],
 )
 def test_values_are_frozen_and_pickled(value):
     assert pickle.loads(pickle.dumps(value)) == value
-    names = value._fields if isinstance(value, tuple) else [spec.name for spec in dataclasses.fields(value)]
+    names = (
+        value._fields
+        if isinstance(value, tuple)
+        else [spec.name for spec in dataclasses.fields(value)]
+    )
     for name in names:
         with pytest.raises(AttributeError):
             setattr(value, name, None)
@@ -2445,7 +4185,13 @@ def test_values_are_frozen_and_pickled(value):
             id="nested-since-0.10.1",
         ),
         pytest.param(
-            {"object": "error", "message": "bad", "type": "BadRequestError", "param": None, "code": 400},
+            {
+                "object": "error",
+                "message": "bad",
+                "type": "BadRequestError",
+                "param": None,
+                "code": 400,
+            },
             InvalidRequestError,
             400,
             "400 'bad': in the reply",
@@ -2453,7 +4199,15 @@ def test_values_are_frozen_and_pickled(value):
             id="flat-in-0.10.0",
         ),
         pytest.param(
-            {"error": {"object": "error", "message": "bad", "type": "x", "param": None, "code": 422}},
+            {
+                "error": {
+                    "object": "error",
+                    "message": "bad",
+                    "type": "x",
+                    "param": None,
+                    "code": 422,
+                }
+            },
             InvalidRequestError,
             422,
             "422 'bad': in the reply",
@@ -2485,7 +4239,12 @@ def test_values_are_frozen_and_pickled(value):
             id="EngineGenerateError-has-no-message",
         ),
         pytest.param(
-            {"error": {"message": "EngineCore encountered an issue. See stack trace (above).", "code": 400}},
+            {
+                "error": {
+                    "message": "EngineCore encountered an issue. See stack trace (above).",
+                    "code": 400,
+                }
+            },
             ProviderUnavailableError,
             500,
             "500 'EngineCore encountered an issue. See stack trace (above).': in the reply;"
@@ -2521,20 +4280,32 @@ def test_values_are_frozen_and_pickled(value):
 )
 def test_error_in_a_reply_with_status_200(web, parse, payload, kind, status, words, server_words):
     error = caught(parse, payload)
-    assert (type(error), error.status_code, str(error), error.server_message) == (kind, status, words, server_words)
+    assert (type(error), error.status_code, str(error), error.server_message) == (
+        kind,
+        status,
+        words,
+        server_words,
+    )
     is_chat = parse is parse_chat_response
     web.post(CHAT_URL if is_chat else COMPLETIONS_URL, json=payload)
     if status == 404:
         web.get(MODELS_URL, json={"data": []})
     error = caught(web_client().chat if is_chat else web_client().complete, "Once")
     where = f"POST {CHAT_URL if is_chat else COMPLETIONS_URL}"
-    assert (type(error), error.status_code, str(error)) == (kind, status, words.replace("in the reply", where))
+    assert (type(error), error.status_code, str(error)) == (
+        kind,
+        status,
+        words.replace("in the reply", where),
+    )
 
 
 def test_overflow_in_a_reply_with_status_200():
     error = caught(parse_chat_response, error_032(OVERFLOW_032))
     assert (type(error), error.limit, error.input_tokens) == (ContextLengthError, 2048, 2049)
-    assert str(error) == "the prompt does not fit: at least 2049 tokens for a context of 2048: in the reply; shorten it"
+    assert (
+        str(error)
+        == "the prompt does not fit: at least 2049 tokens for a context of 2048: in the reply; shorten it"
+    )
 
 
 # ---- Replies: captured streams ----------------------------------------------
@@ -2543,21 +4314,44 @@ def test_overflow_in_a_reply_with_status_200():
 def events_of(version, parts, usage):
     """Return a stream's bytes: `parts` are deltas of chat, or choices of completions, each with its nulls left out."""
     is_chat = not any("text" in part for part in parts)
-    head = {"id": "chatcmpl-7b19" if is_chat else "cmpl-6851", "created": 1795330566, "model": "parrot"}
+    head = {
+        "id": "chatcmpl-7b19" if is_chat else "cmpl-6851",
+        "created": 1795330566,
+        "model": "parrot",
+    }
     head["object"] = "chat.completion.chunk" if is_chat else "text_completion"
     chunks = []
     for number, part in enumerate(parts):
-        ends = {name: part[name] for name in ("finish_reason", "stop_reason", "logprobs", "token_ids") if name in part}
-        choice = {"index": part.get("index", 0), "logprobs": None, "finish_reason": None, "token_ids": None}
+        ends = {
+            name: part[name]
+            for name in ("finish_reason", "stop_reason", "logprobs", "token_ids")
+            if name in part
+        }
+        choice = {
+            "index": part.get("index", 0),
+            "logprobs": None,
+            "finish_reason": None,
+            "token_ids": None,
+        }
         rest = {name: value for name, value in part.items() if name not in ends and name != "index"}
-        choice |= {"delta": rest} if is_chat else {"stop_reason": None, "prompt_token_ids": None, **rest}
+        choice |= (
+            {"delta": rest} if is_chat else {"stop_reason": None, "prompt_token_ids": None, **rest}
+        )
         first = {"prompt_token_ids": None} if is_chat and number == 0 else {}
         old = {"usage": None} if version == "0.11.0" and not is_chat else {}
         chunks.append({**head, "choices": [choice | ends], **first, **old})
-    counts = {"prompt_tokens": usage[0], "total_tokens": sum(usage[:2]), "completion_tokens": usage[1]}
+    counts = {
+        "prompt_tokens": usage[0],
+        "total_tokens": sum(usage[:2]),
+        "completion_tokens": usage[1],
+    }
     if len(usage) > 2:
         counts["prompt_tokens_details"] = {"cached_tokens": usage[2], "created_cache_tokens": 0}
-        counts |= {"completion_tokens_details": {"reasoning_tokens": usage[3]}} if usage[3] is not None else {}
+        counts |= (
+            {"completion_tokens_details": {"reasoning_tokens": usage[3]}}
+            if usage[3] is not None
+            else {}
+        )
     chunks.append({**head, "choices": [], "usage": counts})
     texts = [json.dumps(chunk, ensure_ascii=False, separators=(",", ":")) for chunk in chunks]
     return "".join(f"data: {text}\n\n" for text in texts) + DONE
@@ -2568,7 +4362,9 @@ ROLE: Final = {"role": "assistant", "content": ""}
 
 def call_part(index, *, call_id=None, arguments=None, **more):
     """Return a delta of 0.32 with a piece of a tool call."""
-    function = ({"name": "get_weather"} if call_id else {}) | ({} if arguments is None else {"arguments": arguments})
+    function = ({"name": "get_weather"} if call_id else {}) | (
+        {} if arguments is None else {"arguments": arguments}
+    )
     head = {"id": call_id, "type": "function"} if call_id else {}
     return {"content": None, "tool_calls": [{**head, "index": index, "function": function}], **more}
 
@@ -2618,12 +4414,30 @@ CAPTURED_STREAMS: Final = [
             ROLE,
             {"reasoning_content": "\nTwo calls.\n"},
             {"content": "\n"},
-            {"tool_calls": [{"id": "t-6854", "type": "function", "index": 0, "function": {"name": "get_weather"}}]},
+            {
+                "tool_calls": [
+                    {
+                        "id": "t-6854",
+                        "type": "function",
+                        "index": 0,
+                        "function": {"name": "get_weather"},
+                    }
+                ]
+            },
             {"tool_calls": [{"index": 0, "function": {"arguments": '{"city": "'}}]},
             {"tool_calls": [{"index": 0, "function": {"arguments": "Paris"}}]},
             {"tool_calls": [{"index": 0, "function": {"arguments": '"}'}}]},
             {"content": "\n"},
-            {"tool_calls": [{"id": "t-12ce", "type": "function", "index": 1, "function": {"name": "get_weather"}}]},
+            {
+                "tool_calls": [
+                    {
+                        "id": "t-12ce",
+                        "type": "function",
+                        "index": 1,
+                        "function": {"name": "get_weather"},
+                    }
+                ]
+            },
             {"tool_calls": [{"index": 1, "function": {"arguments": '{"city": "Rome'}}]},
             {"tool_calls": [{"index": 1, "function": {"arguments": '"}'}}]},
             {"tool_calls": [{"index": 1, "function": {"arguments": "\n"}}]},
@@ -2677,7 +4491,16 @@ CAPTURED_STREAMS: Final = [
             ROLE,
             {"reasoning_content": "<think>\nI"},
             {"reasoning_content": " need"},
-            {"tool_calls": [{"id": "t-7731", "type": "function", "index": 0, "function": {"name": "get_weather"}}]},
+            {
+                "tool_calls": [
+                    {
+                        "id": "t-7731",
+                        "type": "function",
+                        "index": 0,
+                        "function": {"name": "get_weather"},
+                    }
+                ]
+            },
             {"finish_reason": "tool_calls", "stop_reason": None},
         ],
         (28, 22),
@@ -2687,7 +4510,11 @@ CAPTURED_STREAMS: Final = [
             call_delta("t-7731", ""),
             Delta(finish_reason="tool_calls"),
         ],
-        Choice(reasoning="<think>\nI need", tool_calls=(weather("t-7731", ""),), finish_reason="tool_calls"),
+        Choice(
+            reasoning="<think>\nI need",
+            tool_calls=(weather("t-7731", ""),),
+            finish_reason="tool_calls",
+        ),
         id="0.11-a-cut-call-says-tool-calls",
     ),
     pytest.param(
@@ -2704,7 +4531,11 @@ CAPTURED_STREAMS: Final = [
             call_delta("t-8002", ""),
             call_delta("t-8002", '{"', finish_reason="length"),
         ],
-        Choice(reasoning="I need the tool.", tool_calls=(weather("t-8002", '{"'),), finish_reason="length"),
+        Choice(
+            reasoning="I need the tool.",
+            tool_calls=(weather("t-8002", '{"'),),
+            finish_reason="length",
+        ),
         id="gpt-oss-the-last-piece-comes-with-the-finish-reason",
     ),
     pytest.param(
@@ -2770,9 +4601,14 @@ CAPTURED_STREAMS: Final = [
         ],
         (5, 3),
         [
-            Delta(text=" Paris", logprobs=(token(" Paris", -0.00031, [token(" Paris", -0.00031)]),)),
+            Delta(
+                text=" Paris", logprobs=(token(" Paris", -0.00031, [token(" Paris", -0.00031)]),)
+            ),
             Delta(text=".", logprobs=(token(".", -0.00018, [token(".", -0.00018)]),)),
-            Delta(logprobs=(token("<|im_end|>", -0.00019, [token("<|im_end|>", -0.00019)]),), finish_reason="stop"),
+            Delta(
+                logprobs=(token("<|im_end|>", -0.00019, [token("<|im_end|>", -0.00019)]),),
+                finish_reason="stop",
+            ),
         ],
         Choice(
             text=" Paris.",
@@ -2787,7 +4623,10 @@ CAPTURED_STREAMS: Final = [
     ),
     pytest.param(
         "0.32.0",
-        [*({"text": text} for text in (" there", " was", "")), {"text": " a", "finish_reason": "length"}],
+        [
+            *({"text": text} for text in (" there", " was", "")),
+            {"text": " a", "finish_reason": "length"},
+        ],
         (4, 8, 0, None),
         [Delta(text=" there"), Delta(text=" was"), Delta(text=" a", finish_reason="length")],
         Choice(text=" there was a", finish_reason="length"),
@@ -2795,7 +4634,11 @@ CAPTURED_STREAMS: Final = [
     ),
     pytest.param(
         "0.32.0",
-        [{"text": "", "token_ids": [7]}, {"text": "é", "token_ids": [8]}, {"text": "", "finish_reason": "stop"}],
+        [
+            {"text": "", "token_ids": [7]},
+            {"text": "é", "token_ids": [8]},
+            {"text": "", "finish_reason": "stop"},
+        ],
         (4, 2, None, None),
         [Delta(token_ids=(7,)), Delta(text="é", token_ids=(8,)), Delta(finish_reason="stop")],
         Choice(text="é", token_ids=(7, 8), finish_reason="stop"),
@@ -2823,7 +4666,12 @@ def test_captured_stream(web, version, parts, usage, deltas, choice):
     ("pieces", "calls"),
     [
         pytest.param(
-            [[{"index": 0, "id": "a", "function": {"name": "f"}}, {"index": 1, "id": "b", "function": {"name": "g"}}]],
+            [
+                [
+                    {"index": 0, "id": "a", "function": {"name": "f"}},
+                    {"index": 1, "id": "b", "function": {"name": "g"}},
+                ]
+            ],
             [ToolCall("a", "f", ""), ToolCall("b", "g", "")],
             id="two-calls-in-one-delta",
         ),
@@ -2858,20 +4706,30 @@ def test_captured_stream(web, version, parts, usage, deltas, choice):
             [
                 [{"index": 1, "id": "b", "function": {"name": "g"}}],
                 [{"index": 0, "id": "a", "function": {"name": "f"}}],
-                [{"index": 1, "function": {"arguments": "1"}}, {"index": 0, "function": {"arguments": "0"}}],
+                [
+                    {"index": 1, "function": {"arguments": "1"}},
+                    {"index": 0, "function": {"arguments": "0"}},
+                ],
             ],
             [ToolCall("b", "g", "1"), ToolCall("a", "f", "0")],
             id="pieces-by-turns-in-the-order-they-began",
         ),
         pytest.param(
-            [[{"index": 0, "id": "a", "function": None}], [{"index": 0, "function": {"name": "f", "arguments": None}}]],
+            [
+                [{"index": 0, "id": "a", "function": None}],
+                [{"index": 0, "function": {"name": "f", "arguments": None}}],
+            ],
             [ToolCall("a", "f", "")],
             id="nulls",
         ),
     ],
 )
 def test_calls_in_pieces(web, pieces, calls):
-    raw = events_of("0.32.0", [{"tool_calls": piece} for piece in pieces] + [{"finish_reason": "tool_calls"}], (1, 1))
+    raw = events_of(
+        "0.32.0",
+        [{"tool_calls": piece} for piece in pieces] + [{"finish_reason": "tool_calls"}],
+        (1, 1),
+    )
     web.post(CHAT_URL, body=raw.encode(), content_type="text/event-stream")
     stream = web_client().stream_chat("Once")
     deltas = list(stream)
@@ -2886,7 +4744,9 @@ def test_calls_in_pieces(web, pieces, calls):
     ("extra", "usage"),
     [
         pytest.param(
-            {"usage": {"prompt_tokens": 1, "completion_tokens": 1}}, Usage(1, 1, 2), id="usage-on-every-chunk"
+            {"usage": {"prompt_tokens": 1, "completion_tokens": 1}},
+            Usage(1, 1, 2),
+            id="usage-on-every-chunk",
         ),
         pytest.param({"usage": {}}, None, id="empty-usage"),
         pytest.param({}, None, id="no-usage-at-all"),
@@ -2894,9 +4754,16 @@ def test_calls_in_pieces(web, pieces, calls):
 )
 def test_usage_of_a_stream(web, extra, usage):
     chunk = {"choices": [{"index": 0, "text": "a", "finish_reason": "stop"}], **extra}
-    web.post(COMPLETIONS_URL, body=f"data: {json.dumps(chunk)}\n\n{DONE}", content_type="text/event-stream")
+    web.post(
+        COMPLETIONS_URL,
+        body=f"data: {json.dumps(chunk)}\n\n{DONE}",
+        content_type="text/event-stream",
+    )
     stream = web_client().stream_complete("Once")
-    assert (list(stream), stream.completion.usage) == ([Delta(text="a", finish_reason="stop")], usage)
+    assert (list(stream), stream.completion.usage) == (
+        [Delta(text="a", finish_reason="stop")],
+        usage,
+    )
 
 
 IN_STREAM_011: Final = (
@@ -2917,7 +4784,12 @@ def test_captured_error_in_a_stream(web):
 
 def test_ids_asked_for_beside_the_likeliest_are_all_kept(web):
     top = {" Paris": -0.1, "#": -14.25, "$": -16.5}
-    logprobs = {"tokens": [" Paris"], "token_logprobs": [-0.1], "top_logprobs": [top], "text_offset": [0]}
+    logprobs = {
+        "tokens": [" Paris"],
+        "token_logprobs": [-0.1],
+        "top_logprobs": [top],
+        "text_offset": [0],
+    }
     choice = {"index": 0, "text": " Paris", "logprobs": logprobs, "finish_reason": "length"}
     web.post(COMPLETIONS_URL, json={"id": "a", "choices": [choice]})
     reply = web_client().complete("x", logprobs=0, logprob_token_ids=[5, 6])
@@ -2927,7 +4799,9 @@ def test_ids_asked_for_beside_the_likeliest_are_all_kept(web):
 def test_echoed_tokens_have_their_ids():
     logprobs = {"tokens": ["The", " end", "."], "token_logprobs": [None, -1.0, -2.0]}
     ids = {"prompt_token_ids": [7, 8], "token_ids": [9]}
-    reply = parse_completion_response({"choices": [{"index": 0, "text": "The end.", "logprobs": logprobs, **ids}]})
+    reply = parse_completion_response(
+        {"choices": [{"index": 0, "text": "The end.", "logprobs": logprobs, **ids}]}
+    )
     assert [token.token_id for token in reply.logprobs] == [7, 8, 9]
 
 
@@ -2939,6 +4813,10 @@ OVERFLOW_032: Final = (
     " (parameter=input_tokens, value=2049)"
 )
 ROOT_ADVICE: Final = "; is base_url the server's root, and is it vLLM? (curl BASE_URL/v1/models)"
+
+
+ADVICE_502: Final = "; the gateway got no reply from vLLM: is it running?"
+ADVICE_503: Final = "; the server is busy or starting: try again later"
 
 
 def error_032(message, code=400, kind="BadRequestError"):
@@ -2957,21 +4835,31 @@ def error_032(message, code=400, kind="BadRequestError"):
             "; set api_key or VLLM_API_KEY to the key the server was started with",
             id="401",
         ),
-        pytest.param(403, AccessDeniedError, False, "; the key may not do this, or a gateway hides the path", id="403"),
+        pytest.param(
+            403,
+            AccessDeniedError,
+            False,
+            "; the key may not do this, or a gateway hides the path",
+            id="403",
+        ),
         pytest.param(404, NotFoundError, False, ROOT_ADVICE, id="404"),
         pytest.param(405, StatusError, False, ROOT_ADVICE, id="405"),
-        pytest.param(408, StatusError, False, "", id="408"),
+        pytest.param(408, StatusError, True, "", id="408"),
         pytest.param(409, StatusError, False, "", id="409"),
-        pytest.param(413, StatusError, False, "; a proxy limits a request's size", id="413"),
+        pytest.param(413, StatusError, False, "; a proxy limits the size of a request", id="413"),
         pytest.param(418, StatusError, False, "", id="418"),
         pytest.param(422, InvalidRequestError, False, "", id="422"),
         pytest.param(429, RateLimitError, True, "", id="429"),
         pytest.param(500, ProviderUnavailableError, True, "", id="500"),
         pytest.param(501, ProviderUnavailableError, False, "", id="501-never-will"),
-        pytest.param(502, ProviderUnavailableError, True, "", id="502"),
-        pytest.param(503, ProviderUnavailableError, True, "", id="503"),
+        pytest.param(502, ProviderUnavailableError, True, ADVICE_502, id="502"),
+        pytest.param(503, ProviderUnavailableError, True, ADVICE_503, id="503"),
         pytest.param(
-            504, ProviderUnavailableError, True, "; a proxy gave up waiting; vLLM may still be at work", id="504"
+            504,
+            ProviderUnavailableError,
+            True,
+            "; a proxy gave up waiting; vLLM may still be at work",
+            id="504",
         ),
         pytest.param(529, ProviderUnavailableError, True, "", id="529"),
     ],
@@ -2980,7 +4868,11 @@ def error_032(message, code=400, kind="BadRequestError"):
 def test_status(web, is_stream, status, kind, retryable, advice):
     web.post(COMPLETIONS_URL, status=status, body="no")
     client = web_client()
-    error = caught(list, client.stream_complete("Once")) if is_stream else caught(client.complete, "Once")
+    error = (
+        caught(list, client.stream_complete("Once"))
+        if is_stream
+        else caught(client.complete, "Once")
+    )
     assert (type(error), str(error)) == (kind, f"{status} 'no': POST {COMPLETIONS_URL}{advice}")
     assert (error.status_code, error.retryable, error.retry_after) == (status, retryable, None)
     assert error.server_message == "no"
@@ -2995,7 +4887,9 @@ def test_status_204_has_no_body(web):
     assert (type(error), str(error)) == (StatusError, f"204 (no message): POST {COMPLETIONS_URL}")
 
 
-VALIDATION_032: Final = "1 validation error:\n  {'type': 'missing', 'loc': 'body.messages', 'msg': 'Field required'}"
+VALIDATION_032: Final = (
+    "1 validation error:\n  {'type': 'missing', 'loc': 'body.messages', 'msg': 'Field required'}"
+)
 
 
 @pytest.mark.parametrize(
@@ -3003,7 +4897,10 @@ VALIDATION_032: Final = "1 validation error:\n  {'type': 'missing', 'loc': 'body
     [
         pytest.param(json.dumps(error_032("bad x")), "'bad x'", "bad x", id="nested"),
         pytest.param(
-            '{"object":"error","message":"bad x","type":"T","param":null,"code":400}', "'bad x'", "bad x", id="flat"
+            '{"object":"error","message":"bad x","type":"T","param":null,"code":400}',
+            "'bad x'",
+            "bad x",
+            id="flat",
         ),
         pytest.param('{"error":"Unauthorized"}', "'Unauthorized'", "Unauthorized", id="string"),
         pytest.param('{"detail":"Not Found"}', "'Not Found'", "Not Found", id="fastapi"),
@@ -3013,7 +4910,9 @@ VALIDATION_032: Final = "1 validation error:\n  {'type': 'missing', 'loc': 'body
             '[{"loc": ["body", "n"], "msg": "too large"}]',
             id="fastapi-list",
         ),
-        pytest.param('{"error":{"error":{"message":"deep"}}}', "'deep'", "deep", id="doubly-nested"),
+        pytest.param(
+            '{"error":{"error":{"message":"deep"}}}', "'deep'", "deep", id="doubly-nested"
+        ),
         pytest.param(
             json.dumps(error_032(VALIDATION_032)),
             '''"1 validation error: {'type': 'missing', 'loc': 'body.messages', 'msg': 'Field required'}"''',
@@ -3023,28 +4922,49 @@ VALIDATION_032: Final = "1 validation error:\n  {'type': 'missing', 'loc': 'body
         pytest.param("", "(no message)", "", id="empty"),
         pytest.param(" \n", "(no message)", " \n", id="blank"),
         pytest.param("null", "(no message)", "", id="null"),
-        pytest.param('{"error":{"message":null,"code":400}}', "(no message)", "", id="message-null"),
-        pytest.param("Internal Server Error", "'Internal Server Error'", "Internal Server Error", id="plain-text"),
+        pytest.param(
+            '{"error":{"message":null,"code":400}}', "(no message)", "", id="message-null"
+        ),
+        pytest.param(
+            "Internal Server Error",
+            "'Internal Server Error'",
+            "Internal Server Error",
+            id="plain-text",
+        ),
         pytest.param(
             "<html>\r\n<head><title>Bad\tGateway</title></head></html>",
-            "'<html> <head><title>Bad Gateway</title></head></html>'",
+            "'Bad Gateway'",
             "<html>\r\n<head><title>Bad\tGateway</title></head></html>",
             id="html",
         ),
         pytest.param('{"error": ', """'{"error":'""", '{"error": ', id="half-of-json"),
         pytest.param('"quota"', "'quota'", "quota", id="a-json-string"),
-        pytest.param("[" * 100_000, repr("[" * 200 + "…"), "[" * 100_000, id="json-nested-beyond-reason"),
+        pytest.param(
+            "[" * 100_000, repr("[" * 200 + "…"), "[" * 100_000, id="json-nested-beyond-reason"
+        ),
         pytest.param("Zoë".encode(), "'Zoë'", "Zoë", id="utf-8"),
         pytest.param(b"Zo\xeb", "'Zo\ufffd'", "Zo\ufffd", id="not-utf-8"),
-        pytest.param(json.dumps(error_032("x" * 200)), repr("x" * 200), "x" * 200, id="200-characters-are-quoted"),
-        pytest.param(json.dumps(error_032("x" * 201)), repr("x" * 200 + "…"), "x" * 201, id="no-more"),
-        pytest.param(" " * 5000 + "x", repr("x"), " " * 5000 + "x", id="words-behind-much-white-space"),
+        pytest.param(
+            json.dumps(error_032("x" * 200)),
+            repr("x" * 200),
+            "x" * 200,
+            id="200-characters-are-quoted",
+        ),
+        pytest.param(
+            json.dumps(error_032("x" * 201)), repr("x" * 200 + "…"), "x" * 201, id="no-more"
+        ),
+        pytest.param(
+            " " * 5000 + "x", repr("x"), " " * 5000 + "x", id="words-behind-much-white-space"
+        ),
     ],
 )
 def test_body_of_an_error(web, body, words, server_words):
     web.post(COMPLETIONS_URL, status=418, body=body)
     error = caught(web_client().complete, "Once")
-    assert (str(error), error.server_message) == (f"418 {words}: POST {COMPLETIONS_URL}", server_words)
+    assert (str(error), error.server_message) == (
+        f"418 {words}: POST {COMPLETIONS_URL}",
+        server_words,
+    )
 
 
 @pytest.mark.parametrize(
@@ -3052,7 +4972,9 @@ def test_body_of_an_error(web, body, words, server_words):
     [
         pytest.param({"message": "No API key found in request"}, id="a-message-alone"),
         pytest.param({"code": 1, "msg": "No API key found in request"}, id="names-of-its-own"),
-        pytest.param({"error": {"msg": "No API key found in request"}}, id="an-error-without-a-message"),
+        pytest.param(
+            {"error": {"msg": "No API key found in request"}}, id="an-error-without-a-message"
+        ),
         pytest.param(["No API key found in request"], id="a-list"),
     ],
 )
@@ -3134,7 +5056,9 @@ def test_retry_after(web, status, value, seconds):
 
 @pytest.mark.parametrize("zone", ["GMT", "-0000", "+0000"])
 def test_retry_after_a_date(web, zone):
-    date = email.utils.format_datetime(datetime.now(UTC) + timedelta(seconds=100)).replace("+0000", zone)
+    date = email.utils.format_datetime(datetime.now(UTC) + timedelta(seconds=100)).replace(
+        "+0000", zone
+    )
     web.post(COMPLETIONS_URL, status=503, headers={"retry-after": date})
     assert 30 < caught(web_client().complete, "Once").retry_after <= 100
 
@@ -3144,9 +5068,13 @@ def test_retry_after_a_date(web, zone):
     ("location", "base_url"),
     [
         pytest.param("https://gpu.example/v1/completions", "https://gpu.example", id="https"),
-        pytest.param("http://vllm.test/openai/v1/completions", "http://vllm.test/openai", id="a-prefix"),
+        pytest.param(
+            "http://vllm.test/openai/v1/completions", "http://vllm.test/openai", id="a-prefix"
+        ),
         pytest.param("/openai/v1/completions", "http://vllm.test/openai", id="a-path"),
-        pytest.param("https://gpu.example/v1/completions/", "https://gpu.example", id="a-slash-at-the-end"),
+        pytest.param(
+            "https://gpu.example/v1/completions/", "https://gpu.example", id="a-slash-at-the-end"
+        ),
     ],
 )
 def test_redirect(web, status, location, base_url):
@@ -3154,8 +5082,8 @@ def test_redirect(web, status, location, base_url):
     error = caught(web_client().complete, "Once")
     assert (type(error), error.status_code, error.retryable) == (StatusError, status, False)
     assert str(error) == (
-        f"POST {COMPLETIONS_URL} is redirected to {location!r}, which is not followed, lest the prompt go astray:"
-        f" set base_url to {base_url!r}"
+        f"POST {COMPLETIONS_URL} is redirected to {location!r}, which is not followed: the prompt would go to"
+        f" another place; set base_url to {base_url!r}"
     )
     assert len(web.calls) == 1
 
@@ -3163,8 +5091,12 @@ def test_redirect(web, status, location, base_url):
 @pytest.mark.parametrize(
     ("path", "location", "base_url"),
     [
-        pytest.param("/v1/models", "https://gpu.example/v1/models", "https://gpu.example", id="models"),
-        pytest.param("/version", "https://gpu.example/version", "https://gpu.example", id="version"),
+        pytest.param(
+            "/v1/models", "https://gpu.example/v1/models", "https://gpu.example", id="models"
+        ),
+        pytest.param(
+            "/version", "https://gpu.example/version", "https://gpu.example", id="version"
+        ),
         pytest.param("/health", "https://gpu.example/health", "https://gpu.example", id="health"),
     ],
 )
@@ -3229,10 +5161,18 @@ def test_an_event_that_is_not_json(web):
 
 @pytest.mark.parametrize("encoding", ["gzip", "br", "deflate"])
 def test_an_encoding_that_was_not_asked_for(web, encoding):
-    web.post(COMPLETIONS_URL, body=b"\x1f\x8b", headers={"Content-Encoding": encoding}, content_type="application/json")
+    web.post(
+        COMPLETIONS_URL,
+        body=b"\x1f\x8b",
+        headers={"Content-Encoding": encoding},
+        content_type="application/json",
+    )
     error = caught(web_client().complete, "Once")
     assert type(error) is ProtocolError
-    assert str(error) == f"the reply is encoded as {encoding!r}, which was not asked for: POST {COMPLETIONS_URL}"
+    assert (
+        str(error)
+        == f"the reply is encoded as {encoding!r}, which was not requested: POST {COMPLETIONS_URL}"
+    )
     assert web.calls[0].request.headers["Accept-Encoding"] == "identity"
 
 
@@ -3248,7 +5188,9 @@ def test_a_validation_error_does_not_quote_the_prompt(web):
 @pytest.mark.parametrize(
     ("message", "advice"),
     [
-        pytest.param("Cannot apply chat template to an empty conversation.", "", id="there-is-a-template"),
+        pytest.param(
+            "Cannot apply chat template to an empty conversation.", "", id="there-is-a-template"
+        ),
         pytest.param(
             "Chat template is passed with request, but --trust-request-chat-template is not set.",
             "; start vLLM with that flag, or send no chat_template",
@@ -3290,10 +5232,18 @@ REQUESTS_KINDS: Final = {
 @pytest.mark.parametrize("kind", REQUESTS_ERRORS, ids=lambda kind: kind.__name__)
 @pytest.mark.parametrize("is_stream", [False, True], ids=["whole", "stream"])
 def test_every_exception_of_requests_is_translated(web, is_stream, kind):
-    raised = kind("broken", "{", 0) if issubclass(kind, ValueError) and "JSON" in kind.__name__ else kind("broken")
+    raised = (
+        kind("broken", "{", 0)
+        if issubclass(kind, ValueError) and "JSON" in kind.__name__
+        else kind("broken")
+    )
     web.post(COMPLETIONS_URL, body=raised)
     client = web_client()
-    error = caught(list, client.stream_complete("Once")) if is_stream else caught(client.complete, "Once")
+    error = (
+        caught(list, client.stream_complete("Once"))
+        if is_stream
+        else caught(client.complete, "Once")
+    )
     assert type(error) is REQUESTS_KINDS.get(kind.__name__, type(error))
     assert error.__cause__ is raised
     assert WEB in str(error)
@@ -3308,7 +5258,13 @@ def test_requests_has_no_exception_this_table_does_not_know():
         "TooManyRedirects",
         "ContentDecodingError",
     }
-    known |= {"StreamConsumedError", "RetryError", "UnrewindableBodyError", "InvalidJSONError", "JSONDecodeError"}
+    known |= {
+        "StreamConsumedError",
+        "RetryError",
+        "UnrewindableBodyError",
+        "InvalidJSONError",
+        "JSONDecodeError",
+    }
     assert {kind.__name__ for kind in REQUESTS_ERRORS} == known
 
 
@@ -3323,7 +5279,7 @@ def test_requests_has_no_exception_this_table_does_not_know():
         ),
         pytest.param(
             requests.ConnectTimeout("slow"),
-            f"no connection in time: POST {COMPLETIONS_URL}; is the host right, and does a firewall block it?",
+            f"no connection in time: POST {COMPLETIONS_URL}; is the host right, and does a firewall block it? (connect_timeout)",
             True,
             id="no-connection-in-time",
         ),
@@ -3422,9 +5378,14 @@ OVERFLOWS: Final = [
         (2048, 2510),
         id="gpt-oss-since-0.18",
     ),
-    pytest.param("max_tokens must be at least 1, got -462.", None, (2048, 2510), id="gpt-oss-up-to-0.17"),
     pytest.param(
-        "max_tokens must be at least 1, got 0. (parameter=max_tokens, value=0)", None, (2048, 2048), id="filled-exactly"
+        "max_tokens must be at least 1, got -462.", None, (2048, 2510), id="gpt-oss-up-to-0.17"
+    ),
+    pytest.param(
+        "max_tokens must be at least 1, got 0. (parameter=max_tokens, value=0)",
+        None,
+        (2048, 2048),
+        id="filled-exactly",
     ),
     pytest.param(
         "The decoder prompt (length 2510) is longer than the maximum model length of 2048. Make sure that"
@@ -3445,12 +5406,18 @@ OVERFLOWS: Final = [
 
 def overflow_words(limit, count, where, message=""):
     at_least = "at least " if re.search(r"at least \d+ input tokens", message) else ""
-    count = "its tokens are too many" if count is None else f"{at_least}{count} tokens"
+    count = "it has too many tokens" if count is None else f"{at_least}{count} tokens"
     return f"the prompt does not fit: {count} for a context of {limit}: {where}; shorten it"
 
 
 def serve_models(web):
-    card = {"id": "parrot", "object": "model", "root": "tiny/parrot", "parent": None, "max_model_len": 2048}
+    card = {
+        "id": "parrot",
+        "object": "model",
+        "root": "tiny/parrot",
+        "parent": None,
+        "max_model_len": 2048,
+    }
     web.get(MODELS_URL, json={"object": "list", "data": [card]})
 
 
@@ -3460,15 +5427,28 @@ def test_a_prompt_that_does_not_fit(web, how, message, max_tokens, lengths):
     serve_models(web)
     body = error_032(message)["error"]
     if how == "in-stream":
-        web.post(CHAT_URL, body=f"data: {json.dumps({'error': body})}\n\n{DONE}", content_type="text/event-stream")
+        web.post(
+            CHAT_URL,
+            body=f"data: {json.dumps({'error': body})}\n\n{DONE}",
+            content_type="text/event-stream",
+        )
     else:
-        web.post(CHAT_URL, status=400, json={"error": body} if how == "status" else {"object": "error", **body})
+        web.post(
+            CHAT_URL,
+            status=400,
+            json={"error": body} if how == "status" else {"object": "error", **body},
+        )
     error = caught(list, web_client().stream_chat("hello " * 2500, max_tokens=max_tokens))
     if how == "in-stream" and message.startswith("max_tokens must"):
-        lengths = (None, None)  # vLLM tells these before it streams; a gateway's stream is not worth a question
+        lengths = (
+            None,
+            None,
+        )  # vLLM tells these before it streams; a gateway's stream is not worth a question
     assert type(error) is ContextLengthError
     assert (error.limit, error.input_tokens) == lengths
-    assert str(error) == overflow_words(lengths[0] or "unknown size", lengths[1], f"POST {CHAT_URL}", message)
+    assert str(error) == overflow_words(
+        lengths[0] or "unknown size", lengths[1], f"POST {CHAT_URL}", message
+    )
     assert (error.status_code, error.retryable, error.server_message) == (400, False, message)
     assert len(sent_bodies(web, CHAT_URL)) == 1
 
@@ -3521,7 +5501,10 @@ def test_a_max_tokens_of_nothing_is_the_callers_mistake(web, max_tokens):
 
 
 NOT_ABOUT_LENGTH: Final = [
-    pytest.param("temperature must be non-negative, got -1.0. (parameter=temperature, value=-1.0)", id="temperature"),
+    pytest.param(
+        "temperature must be non-negative, got -1.0. (parameter=temperature, value=-1.0)",
+        id="temperature",
+    ),
     pytest.param("max_tokens must be at most 5 for this user", id="a-gateways-quota"),
     pytest.param("'n' is too large: it must be at most 16384", id="too-large-without-a-number"),
     pytest.param("prompt_logprobs must be at least 0, got -3", id="other-number"),
@@ -3552,7 +5535,9 @@ TOO_LARGE: Final = [
         id="0.11.0",
     ),
     pytest.param(
-        "'max_tokens' (5000) cannot be greater than the model's maximum context length (2048).", 2048, id="0.11-names-m"
+        "'max_tokens' (5000) cannot be greater than the model's maximum context length (2048).",
+        2048,
+        id="0.11-names-m",
     ),
     pytest.param(
         f"You passed 9 input tokens and requested 5000 output tokens. However, the model's context length is only 2048"
@@ -3591,15 +5576,20 @@ TOO_LARGE: Final = [
 @pytest.mark.parametrize("name", ["max_tokens", "max_completion_tokens"])
 def test_a_max_tokens_that_does_not_fit_is_lowered(web, caplog, name, message, fitting):
     web.post(CHAT_URL, status=400, json=error_032(message))
-    web.post(CHAT_URL, json={"choices": [{"message": {"content": "Hi"}, "finish_reason": "length"}]})
+    web.post(
+        CHAT_URL, json={"choices": [{"message": {"content": "Hi"}, "finish_reason": "length"}]}
+    )
     params = {name: 5000, "temperature": 0}
     assert web_client().chat("Once", **params).text == "Hi"
     first, second = sent_bodies(web)
     assert (first[name], second) == (5000, first | {name: fitting})
     assert params == {name: 5000, "temperature": 0}
-    assert caplog.record_tuples == [
-        ("vllm_provider", logging.WARNING, f"{name}=5000 does not fit a context of 2048: sent again with {fitting}")
-    ]
+    (warning,) = caplog.messages
+    assert (
+        warning == f"max_tokens is lowered to {fitting}: 400 {message!r:.201}: POST {CHAT_URL}"
+        or len(message) > 200
+    )
+    assert warning.startswith(f"max_tokens is lowered to {fitting}: 400 ")
 
 
 def test_a_completion_of_0_11_whose_limit_is_less_its_max_tokens(web, caplog):
@@ -3640,7 +5630,11 @@ def test_at_least_so_many_is_counted(web):
     assert web_client().chat("Once", max_tokens=2000, tools=tools).text == "Hi"
     assert [body["max_tokens"] for body in sent_bodies(web, CHAT_URL)] == [2000, 1928]
     (asked,) = sent_bodies(web, TOKENIZE_URL)
-    assert asked == {"model": "parrot", "messages": [{"role": "user", "content": "Once"}], "tools": tools}
+    assert asked == {
+        "model": "parrot",
+        "messages": [{"role": "user", "content": "Once"}],
+        "tools": tools,
+    }
 
 
 def test_at_least_so_many_that_nobody_can_count(web):
@@ -3701,7 +5695,8 @@ def test_the_served_model_is_asked_for_once(any_answer):
     list(client.stream_chat("a"))
     assert [call.request.method for call in any_answer.calls] == ["GET", "POST", "POST", "POST"]
     assert {
-        body["model"] for body in map(json.loads, [c.request.body for c in any_answer.calls if c.request.body])
+        body["model"]
+        for body in map(json.loads, [c.request.body for c in any_answer.calls if c.request.body])
     } == {"parrot"}
 
 
@@ -3738,20 +5733,26 @@ def test_models_refused_then_no_model_is_sent(any_answer, answer):
     client = VLLMClient(WEB, max_retries=0)
     assert (client.complete("a").text, client.chat("a").text) == ("a", "a")
     assert [call.request.method for call in any_answer.calls] == ["GET", "POST", "POST"]
-    assert all("model" not in body for body in map(json.loads, [c.request.body for c in any_answer.calls[1:]]))
+    assert all(
+        "model" not in body
+        for body in map(json.loads, [c.request.body for c in any_answer.calls[1:]])
+    )
 
 
 @pytest.mark.parametrize("status", [500, 502, 503])
 def test_models_of_a_server_that_is_not_ready_are_an_error(any_answer, status):
     any_answer.get(MODELS_URL, status=status)
     error = caught(VLLMClient(WEB, max_retries=0).complete, "a")
-    assert (type(error), str(error)) == (ProviderUnavailableError, f"{status} (no message): GET {MODELS_URL}")
+    assert type(error) is ProviderUnavailableError
+    assert str(error).startswith(f"{status} (no message): GET {MODELS_URL}")
 
 
 NO_MODEL: Final = "The model `parrot` does not exist."
 
 
-@pytest.mark.parametrize("words", [NO_MODEL, "The model `parrot` does not exist. Valid aliases: macaw."])
+@pytest.mark.parametrize(
+    "words", [NO_MODEL, "The model `parrot` does not exist. Valid aliases: macaw."]
+)
 @pytest.mark.parametrize("is_stream", [False, True], ids=["whole", "stream"])
 def test_a_model_that_was_replaced_is_asked_for_once_more(web, words, is_stream):
     web.get(MODELS_URL, json=cards("parrot"))
@@ -3800,24 +5801,45 @@ def test_a_path_that_is_not_found_is_no_matter_of_models(web):
     ("data", "expected"),
     [
         pytest.param(
-            [{"id": "parrot", "root": "tiny/parrot", "parent": None, "max_model_len": 2048, "permission": [{}]}],
+            [
+                {
+                    "id": "parrot",
+                    "root": "tiny/parrot",
+                    "parent": None,
+                    "max_model_len": 2048,
+                    "permission": [{}],
+                }
+            ],
             [ModelCard("parrot", 2048, "tiny/parrot")],
             id="as-vllm-sends-it",
         ),
         pytest.param(
-            [{"id": "base", "max_model_len": 2048}, {"id": "lora", "parent": "base", "max_model_len": None}],
+            [
+                {"id": "base", "max_model_len": 2048},
+                {"id": "lora", "parent": "base", "max_model_len": None},
+            ],
             [ModelCard("base", 2048), ModelCard("lora", 2048, None, "base")],
             id="a-lora-has-its-bases-limit",
         ),
         pytest.param(
-            [{"id": "lora", "parent": "base"}, {"id": "base", "max_model_len": 2048}, {"id": "odd", "parent": "gone"}],
-            [ModelCard("lora", 2048, None, "base"), ModelCard("base", 2048), ModelCard("odd", None, None, "gone")],
+            [
+                {"id": "lora", "parent": "base"},
+                {"id": "base", "max_model_len": 2048},
+                {"id": "odd", "parent": "gone"},
+            ],
+            [
+                ModelCard("lora", 2048, None, "base"),
+                ModelCard("base", 2048),
+                ModelCard("odd", None, None, "gone"),
+            ],
             id="in-any-order",
         ),
         pytest.param([{"id": "gateway"}], [ModelCard("gateway")], id="a-gateway-knows-no-limit"),
         pytest.param([], [], id="none"),
         pytest.param(
-            [{"id": "a"}, {"id": "a"}], [ModelCard("a"), ModelCard("a")], id="a-gateway-lists-one-for-each-replica"
+            [{"id": "a"}, {"id": "a"}],
+            [ModelCard("a"), ModelCard("a")],
+            id="a-gateway-lists-one-for-each-replica",
         ),
     ],
 )
@@ -3826,7 +5848,9 @@ def test_models(web, data, expected):
     assert web_client().models() == expected
 
 
-@pytest.mark.parametrize("payload", [{}, {"data": None}, {"data": [{}]}, {"data": ["parrot"]}, {"data": {"id": "a"}}])
+@pytest.mark.parametrize(
+    "payload", [{}, {"data": None}, {"data": [{}]}, {"data": ["parrot"]}, {"data": {"id": "a"}}]
+)
 def test_models_in_another_shape(web, payload):
     web.get(MODELS_URL, json=payload)
     error = caught(web_client().models)
@@ -3863,7 +5887,11 @@ def test_detokenize_asks_for_the_models_name_once_more(web):
     web.replace(responses.POST, f"{WEB}/detokenize", status=404, json=words)
     web.post(f"{WEB}/detokenize", json={"prompt": "b"})
     assert client.detokenize([1]) == "b"
-    assert [body["model"] for body in sent_bodies(web, f"{WEB}/detokenize")] == ["old", "old", "new"]
+    assert [body["model"] for body in sent_bodies(web, f"{WEB}/detokenize")] == [
+        "old",
+        "old",
+        "new",
+    ]
 
 
 # ---- Stream decoder ---------------------------------------------------------
@@ -3871,15 +5899,21 @@ def test_detokenize_asks_for_the_models_name_once_more(web):
 U2028: Final = "\u2028\u2029\x85\x0b\x0c\x1c"
 SSE_CASES: Final = [
     # the examples of the HTML standard, section 9.2.6
-    pytest.param(b"data: YHOO\ndata: +2\ndata: 10\n\n", ["YHOO\n+2\n10"], id="standard-several-lines"),
+    pytest.param(
+        b"data: YHOO\ndata: +2\ndata: 10\n\n", ["YHOO\n+2\n10"], id="standard-several-lines"
+    ),
     pytest.param(
         b": test stream\n\ndata: first event\nid: 1\n\ndata:second event\nid\n\ndata:  third event",
         ["first event", "second event"],
         id="standard-comment-fields-and-an-end-without-a-blank-line",
     ),
-    pytest.param(b"data\n\ndata\ndata\n\ndata:", ["", "\n"], id="standard-empty-data"),
-    pytest.param(b"data:test\n\ndata: test\n\n", ["test", "test"], id="standard-one-space-is-dropped"),
-    pytest.param(b"data:  two\n\ndata:\ttab\n\n", [" two", "\ttab"], id="only-one-and-only-a-space"),
+    pytest.param(b"data\n\ndata\ndata\n\ndata:", ["\n"], id="standard-empty-data"),
+    pytest.param(
+        b"data:test\n\ndata: test\n\n", ["test", "test"], id="standard-one-space-is-dropped"
+    ),
+    pytest.param(
+        b"data:  two\n\ndata:\ttab\n\n", [" two", "\ttab"], id="only-one-and-only-a-space"
+    ),
     # line ends
     pytest.param(b"data: a\n\ndata: b\n\n", ["a", "b"], id="lf"),
     pytest.param(b"data: a\r\n\r\ndata: b\r\n\r\n", ["a", "b"], id="crlf"),
@@ -3888,12 +5922,18 @@ SSE_CASES: Final = [
     pytest.param(b"data: a\n\r", ["a"], id="lf-then-cr-are-two-ends"),
     pytest.param(b"data: a\r\ndata: b\r\n\r\n", ["a\nb"], id="crlf-is-one-end"),
     pytest.param(b"\n\n\r\r\n\ndata: a\n\n\n\n", ["a"], id="blank-lines-are-no-events"),
-    pytest.param(b"data: a\n\ndata: b\rdata: c\n\n", ["a", "b\nc"], id="cr-inside-what-looks-like-one-line"),
-    pytest.param(f"data: a{U2028}b\n\n".encode(), [f"a{U2028}b"], id="no-other-character-ends-a-line"),
+    pytest.param(
+        b"data: a\n\ndata: b\rdata: c\n\n", ["a", "b\nc"], id="cr-inside-what-looks-like-one-line"
+    ),
+    pytest.param(
+        f"data: a{U2028}b\n\n".encode(), [f"a{U2028}b"], id="no-other-character-ends-a-line"
+    ),
     # the byte order mark
     pytest.param(b"\xef\xbb\xbfdata: a\n\n", ["a"], id="bom"),
     pytest.param(b"\xef\xbb\xbf\xef\xbb\xbfdata: a\n\ndata: b\n\n", ["b"], id="one-bom"),
-    pytest.param(b"data: a\n\n\xef\xbb\xbfdata: b\n\ndata: c\n\n", ["a", "c"], id="bom-only-at-the-start"),
+    pytest.param(
+        b"data: a\n\n\xef\xbb\xbfdata: b\n\ndata: c\n\n", ["a", "c"], id="bom-only-at-the-start"
+    ),
     pytest.param(b"\n\xef\xbb\xbfdata: a\n\ndata: b\n\n", ["b"], id="not-on-the-second-line"),
     pytest.param(b"data: \xef\xbb\xbfa\n\n", ["\ufeffa"], id="a-bom-in-data-is-data"),
     # fields
@@ -3903,11 +5943,17 @@ SSE_CASES: Final = [
     pytest.param(b"event: ping\n\ndata: a\n\n", ["a"], id="an-event-without-data-is-none"),
     pytest.param(b"Data: a\n data: b\ndata : c\ndatax: d\nxdata: e\n\n", [], id="names-are-exact"),
     pytest.param(b"data: a: b\n\n", ["a: b"], id="a-colon-in-data"),
-    pytest.param(b"data: \n\ndata:\n\n", ["", ""], id="nothing-in-data"),
+    pytest.param(b"data: \n\ndata:\n\n", [], id="nothing-in-data"),
     pytest.param(b"data: data: a\n\n", ["data: a"], id="data-in-data"),
     # vLLM
-    pytest.param(b'data: {"a": "\\n"}\n\ndata: [DONE]\n\n', ['{"a": "\\n"}', "[DONE]"], id="as-vllm-sends-them"),
-    pytest.param("data: こんにちは 🌸🚀é\n\n".encode(), ["こんにちは 🌸🚀é"], id="cuts-inside-a-letter"),
+    pytest.param(
+        b'data: {"a": "\\n"}\n\ndata: [DONE]\n\n',
+        ['{"a": "\\n"}', "[DONE]"],
+        id="as-vllm-sends-them",
+    ),
+    pytest.param(
+        "data: こんにちは 🌸🚀é\n\n".encode(), ["こんにちは 🌸🚀é"], id="cuts-inside-a-letter"
+    ),
     pytest.param(b"data: \xff\xe3\x81a\n\n", ["\ufffd\ufffda"], id="what-is-not-utf-8"),
     pytest.param(b"data: [DONE]\n", [], id="an-event-ends-with-a-blank-line"),
     pytest.param(b"data: [DONE]", [], id="and-a-line-with-its-end"),
@@ -3936,8 +5982,16 @@ def test_sse(raw, events):
 
 def test_sse_as_one_stream_of_every_case():
     """Run the cases that end with a blank line after each other, in pieces of every small size."""
-    cases = [case.values for case in SSE_CASES if case.values[0].endswith((b"\n\n", b"\r\r", b"\r\n\r\n"))]
-    raw = b"".join(case[0].removeprefix(b"\xef\xbb\xbf") for case in cases if case[0].count(b"\xef\xbb\xbf") < 2)
+    cases = [
+        case.values
+        for case in SSE_CASES
+        if case.values[0].endswith((b"\n\n", b"\r\r", b"\r\n\r\n"))
+    ]
+    raw = b"".join(
+        case[0].removeprefix(b"\xef\xbb\xbf")
+        for case in cases
+        if case[0].count(b"\xef\xbb\xbf") < 2
+    )
     events = [event for case in cases if case[0].count(b"\xef\xbb\xbf") < 2 for event in case[1]]
     for size in (*range(1, 40), 997, len(raw)):
         assert fed(raw[start : start + size] for start in range(0, len(raw), size)) == events, size
@@ -3955,7 +6009,7 @@ def test_an_event_is_told_as_soon_as_its_blank_line_is_there():
 
 
 PIECE: Final = b"x" * 65536
-BOUND: Final = 16 * 1024 * 1024
+BOUND: Final = 64 * 1024 * 1024
 
 
 def test_an_event_of_the_largest_size_is_taken():
@@ -3984,8 +6038,11 @@ def test_a_larger_event_is_refused(start, piece):
     decoder.feed(start)
     for _ in range(BOUND // len(piece) - 1):
         assert decoder.feed(piece) == []  # not before its time
-    error = caught(lambda: [decoder.feed(piece) or decoder.check() for _ in range(BOUND // len(piece))])
-    assert (type(error), str(error)) == (ProtocolError, f"an event of the stream is larger than {BOUND} bytes")
+    error = caught(lambda: [decoder.feed(piece) for _ in range(BOUND // len(piece) + 1)])
+    assert (type(error), str(error)) == (
+        ProtocolError,
+        f"an event of the stream is larger than {BOUND} bytes",
+    )
 
 
 def test_much_that_is_no_event_is_no_event_too_large():
@@ -3999,7 +6056,11 @@ def test_much_that_is_no_event_is_no_event_too_large():
 THINK_CASES: Final = [
     pytest.param(False, "<think>Hm.</think>4", "4", "Hm.", id="as-usual"),
     pytest.param(
-        False, "<think>\nHm.\n</think>\n\n4", "\n\n4", "\nHm.\n", id="line-breaks-are-kept-as-a-server-keeps-them"
+        False,
+        "<think>\nHm.\n</think>\n\n4",
+        "\n\n4",
+        "\nHm.\n",
+        id="line-breaks-are-kept-as-a-server-keeps-them",
     ),
     pytest.param(False, "4", "4", "", id="no-tag"),
     pytest.param(False, "", "", "", id="nothing"),
@@ -4019,11 +6080,15 @@ THINK_CASES: Final = [
     pytest.param(False, "\n\n4", "\n\n4", "", id="line-breaks-of-an-answer-are-kept"),
     pytest.param(False, "          4", "          4", "", id="so-is-an-indent"),
     pytest.param(False, "<think>a</thin", "", "a</thin", id="half-an-end"),
-    pytest.param(False, "<think>a</thin k></think>b", "b", "a</thin k>", id="what-only-looks-like-an-end"),
+    pytest.param(
+        False, "<think>a</thin k></think>b", "b", "a</thin k>", id="what-only-looks-like-an-end"
+    ),
     pytest.param(False, "<think>a<</think>b", "b", "a<", id="two-brackets"),
     pytest.param(False, "<think>a</</think>b", "b", "a</", id="an-end-that-begins-anew"),
     pytest.param(False, "<think>1 < 2</think>b", "b", "1 < 2", id="less-than"),
-    pytest.param(False, "<think>a</think><think>b</think>c", "<think>b</think>c", "a", id="only-the-first"),
+    pytest.param(
+        False, "<think>a</think><think>b</think>c", "<think>b</think>c", "a", id="only-the-first"
+    ),
     pytest.param(False, "<think>a<think>b</think>c", "c", "a<think>b", id="one-inside"),
     pytest.param(False, "<think>世界🌸</think>é\u2028", "é\u2028", "世界🌸", id="beyond-ascii"),
     pytest.param(True, "Hm.\n</think>\n\n4", "\n\n4", "Hm.\n", id="opened-by-the-prompt"),
@@ -4032,14 +6097,16 @@ THINK_CASES: Final = [
     pytest.param(True, "</think>4", "4", "", id="opened-and-closed-at-once"),
     pytest.param(True, "a</think>b</think>c", "b</think>c", "a", id="opened-the-first-end-counts"),
     pytest.param(True, "a</", "", "a</", id="opened-half-an-end"),
-    pytest.param(True, "<think>a</think>b", "b", "a", id="opened-and-opened-again-as-a-server-drops-it"),
+    pytest.param(
+        True, "<think>a</think>b", "b", "a", id="opened-and-opened-again-as-a-server-drops-it"
+    ),
     pytest.param(True, "<thin", "", "<thin", id="opened-and-half-a-tag"),
 ]
 
 
 def split_by(splitter, pieces):
     """Return the text, the reasoning and the calls of pieces fed in turn, with the end told after them."""
-    told_parts = [splitter.feed(piece) for piece in pieces] + [splitter.feed("", ended=True)]
+    told_parts = [splitter.feed(piece) for piece in pieces] + [splitter.feed("", is_last=True)]
     texts, reasonings, calls = zip(*told_parts, strict=True)
     return "".join(texts), "".join(reasonings), list(itertools.chain.from_iterable(calls))
 
@@ -4057,10 +6124,12 @@ def every_cut(text):
 def test_think(opened, raw, text, reasoning):
     for pieces in every_cut(raw):
         assert split_by(_ThinkSplitter(opened), pieces) == (text, reasoning, []), pieces
-    assert _ThinkSplitter(opened).feed(raw, ended=True) == (text, reasoning, [])
+    assert _ThinkSplitter(opened).feed(raw, is_last=True) == (text, reasoning, [])
 
 
-@pytest.mark.parametrize("blanks", ["", " ", "\n", "\n\n", "\n \n", "\r\n\r\n", " " * 7, " " * 8, " " * 9, "\n" * 40])
+@pytest.mark.parametrize(
+    "blanks", ["", " ", "\n", "\n\n", "\n \n", "\r\n\r\n", " " * 7, " " * 8, " " * 9, "\n" * 40]
+)
 def test_blanks_before_the_tag_mean_the_same_at_every_cut(blanks):
     raw = f"{blanks}<think>a</think>b"
     expected = split_by(_ThinkSplitter(), [raw])
@@ -4071,14 +6140,17 @@ def test_blanks_before_the_tag_mean_the_same_at_every_cut(blanks):
 
 @pytest.mark.parametrize("opened", [False, True])
 @pytest.mark.parametrize(
-    "raw", ["<think>" + "a</thin" * 9 + "</think>" + "b<" * 9, " " * 30 + "<think>a", "<" * 30, "a" * 30]
+    "raw",
+    ["<think>" + "a</thin" * 9 + "</think>" + "b<" * 9, " " * 30 + "<think>a", "<" * 30, "a" * 30],
 )
 def test_think_holds_back_no_more_than_a_tag(opened, raw):
     splitter, shown = _ThinkSplitter(opened), 0
     for fed_so_far, character in enumerate(raw, 1):
         text, reasoning, _ = splitter.feed(character)
         shown += len(text) + len(reasoning)
-        markup = len("<think>") * ("<think>" in raw[:fed_so_far]) + len("</think>") * ("</think>" in raw[:fed_so_far])
+        markup = len("<think>") * ("<think>" in raw[:fed_so_far]) + len("</think>") * (
+            "</think>" in raw[:fed_so_far]
+        )
         assert fed_so_far - shown <= len("</think>") + markup
 
 
@@ -4126,13 +6198,23 @@ HARMONY_CASES: Final = [
     pytest.param(HARMONY_CALL_TEXT + "<|call|>", "", "I need the tool.", CALL_1, id="call"),
     pytest.param("<|channel|>final<|message|>ok<|endoftext|>", "ok", "", [], id="endoftext"),
     pytest.param(
-        "<|channel|>analysis<|message|>a<|start|>assistant<|channel|>final<|message|>b", "b", "a", [], id="no-end"
+        "<|channel|>analysis<|message|>a<|start|>assistant<|channel|>final<|message|>b",
+        "b",
+        "a",
+        [],
+        id="no-end",
     ),
     # cut by max_tokens
-    pytest.param("<|channel|>analysis<|message|>Two plus", "", "Two plus", [], id="cut-in-the-reasoning"),
+    pytest.param(
+        "<|channel|>analysis<|message|>Two plus", "", "Two plus", [], id="cut-in-the-reasoning"
+    ),
     pytest.param("<|channel|>anal", "", "", [], id="cut-in-a-header"),
     pytest.param(
-        "<|channel|>analysis<|message|>a<|end|><|start|>assistant<|chan", "", "a", [], id="cut-in-the-next-one"
+        "<|channel|>analysis<|message|>a<|end|><|start|>assistant<|chan",
+        "",
+        "a",
+        [],
+        id="cut-in-the-next-one",
     ),
     pytest.param(
         "<|channel|>commentary to=functions.get_weather <|constrain|>json<|message|>",
@@ -4148,13 +6230,29 @@ HARMONY_CASES: Final = [
         [("call_1", "get_weather", '{"ci')],
         id="cut-in-the-arguments",
     ),
-    pytest.param("<|channel|>final<|message|>a<|en", "a<|en", "", [], id="cut-in-what-might-have-been-an-end"),
+    pytest.param(
+        "<|channel|>final<|message|>a<|en", "a<|en", "", [], id="cut-in-what-might-have-been-an-end"
+    ),
     pytest.param("", "", "", [], id="nothing"),
     # what only looks like markup
-    pytest.param("<|channel|>final<|message|>1 <| 2 < 3 <|x|> <", "1 <| 2 < 3 <|x|> <", "", [], id="brackets-are-text"),
+    pytest.param(
+        "<|channel|>final<|message|>1 <| 2 < 3 <|x|> <",
+        "1 <| 2 < 3 <|x|> <",
+        "",
+        [],
+        id="brackets-are-text",
+    ),
     pytest.param("<|channel|>final<|message|>a<<|end|>", "a<", "", [], id="two-brackets"),
-    pytest.param("<|channel|>final<|message|>a<|e<|end|>", "a<|e", "", [], id="an-end-that-begins-anew"),
-    pytest.param("<|channel|>final<|message|>to=me <think>", "to=me <think>", "", [], id="a-recipient-in-a-body"),
+    pytest.param(
+        "<|channel|>final<|message|>a<|e<|end|>", "a<|e", "", [], id="an-end-that-begins-anew"
+    ),
+    pytest.param(
+        "<|channel|>final<|message|>to=me <think>",
+        "to=me <think>",
+        "",
+        [],
+        id="a-recipient-in-a-body",
+    ),
     # two calls, and none of ours
     pytest.param(
         "<|channel|>commentary to=functions.f<|message|>{}<|call|><|start|>assistant<|channel|>commentary"
@@ -4172,7 +6270,9 @@ HARMONY_CASES: Final = [
         [],
         id="a-channel-twice",
     ),
-    pytest.param(" <|channel|>final<|message|>\n\nok\n", "\n\nok\n", "", [], id="white-space-is-kept"),
+    pytest.param(
+        " <|channel|>final<|message|>\n\nok\n", "\n\nok\n", "", [], id="white-space-is-kept"
+    ),
 ]
 
 
@@ -4202,16 +6302,29 @@ def test_harmony(raw, text, reasoning, calls):
     for pieces in harmony_cuts(raw):
         found = split_by(_HarmonySplitter(), pieces)
         assert (*found[:2], joined_calls(found[2])) == (text, reasoning, calls), pieces
-    found = _HarmonySplitter().feed(raw, ended=True)
+    found = _HarmonySplitter().feed(raw, is_last=True)
     assert (*found[:2], joined_calls(found[2])) == (text, reasoning, calls)
 
 
 def test_harmony_shows_a_body_as_it_comes():
     splitter = _HarmonySplitter()
-    pieces = ["<|channel|>", "analysis", "<|message|>", "Two", " plus", "<|end|>", "<|start|>", "assistant"]
+    pieces = [
+        "<|channel|>",
+        "analysis",
+        "<|message|>",
+        "Two",
+        " plus",
+        "<|end|>",
+        "<|start|>",
+        "assistant",
+    ]
     pieces += ["<|channel|>", "final", "<|message|>", "4", ""]
     told_parts = [splitter.feed(piece)[:2] for piece in pieces]
-    assert [part for part in told_parts if part != ("", "")] == [("", "Two"), ("", " plus"), ("4", "")]
+    assert [part for part in told_parts if part != ("", "")] == [
+        ("", "Two"),
+        ("", " plus"),
+        ("4", ""),
+    ]
 
 
 def test_harmony_holds_back_no_more_of_a_body_than_a_tag():
@@ -4242,7 +6355,9 @@ def live():
 @pytest.mark.live
 @pytest.mark.parametrize("method", ["complete", "chat"])
 def test_live_logprobs_have_one_shape(live, method):
-    reply = getattr(live, method)("What is 2+2?", temperature=0, max_tokens=8, logprobs=2, return_token_ids=True)
+    reply = getattr(live, method)(
+        "What is 2+2?", temperature=0, max_tokens=8, logprobs=2, return_token_ids=True
+    )
     assert len(reply.logprobs) == len(reply.choices[0].token_ids) == reply.usage.output_tokens > 0
     for one, token_id in zip(reply.logprobs, reply.choices[0].token_ids, strict=True):
         assert 0 < one.probability <= 1
@@ -4266,7 +6381,9 @@ def test_live_max_tokens_too_large(live, caplog, method):
     limit = live.models()[0].max_model_len
     reply = getattr(live, method)("What is 2+2?", temperature=0, max_tokens=limit + 1, stop=["4"])
     assert reply.finish_reason in ("stop", "length")
-    assert [record.levelname for record in caplog.records if record.name == "vllm_provider"] == ["WARNING"]
+    assert [record.levelname for record in caplog.records if record.name == "vllm_provider"] == [
+        "WARNING"
+    ]
 
 
 @pytest.mark.live
@@ -4316,7 +6433,7 @@ class InThread:
     """A function at work in a thread of its own."""
 
     def __init__(self, function: Callable[..., Any], *args: Any) -> None:
-        self._outcome: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._outcome: queue.Queue[Any] = queue.Queue()
         self._thread = threading.Thread(target=self._run, args=(function, *args), daemon=True)
         self._thread.start()
 
@@ -4360,7 +6477,15 @@ def server() -> Iterator[StandIn]:
 @pytest.fixture
 def connect(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., VLLMClient]]:
     """Return a function that makes a client of a StandIn or a URL, in an environment that names no proxy."""
-    for name in ("http_proxy", "https_proxy", "all_proxy", "no_proxy", "requests_ca_bundle", "curl_ca_bundle", "netrc"):
+    for name in (
+        "http_proxy",
+        "https_proxy",
+        "all_proxy",
+        "no_proxy",
+        "requests_ca_bundle",
+        "curl_ca_bundle",
+        "netrc",
+    ):
         monkeypatch.delenv(name, raising=False)
         monkeypatch.delenv(name.upper(), raising=False)
     with contextlib.ExitStack() as stack:
@@ -4382,16 +6507,16 @@ class Pauses(list[float]):
 def pauses(monkeypatch: pytest.MonkeyPatch) -> Pauses:
     """Return the pauses between attempts: none is slept, and the random part of each is at its longest."""
     taken = Pauses()
-    wait = threading.Event.wait
 
-    def pause(event: threading.Event, timeout: float | None = None) -> bool:
-        if timeout is None:
-            return wait(event)
-        taken.append(timeout)
-        taken.on_pause()
-        return event.is_set()
+    class Wakeups(queue.SimpleQueue):
+        def get(self, block: bool = True, timeout: float | None = None) -> Any:
+            if "watch" in threading.current_thread().name:
+                return super().get(block, timeout)
+            taken.append(timeout)
+            taken.on_pause()
+            return super().get(block=False)
 
-    monkeypatch.setattr(threading.Event, "wait", pause)
+    monkeypatch.setattr(queue, "SimpleQueue", Wakeups)
     monkeypatch.setattr(random, "uniform", lambda _low, high: high)
     return taken
 
@@ -4442,7 +6567,11 @@ def test_a_stream_of_completions(server, connect):
     assert whole.choices == (Choice(text=" Paris.", finish_reason="stop"),)
     assert whole.usage == Usage(5, 3, 8, cached_tokens=0)
     assert whole.id == f"cmpl-{whole.request_id}-1"
-    assert (whole.model, whole.payload["object"], "choices" in whole.payload) == (MODEL, "text_completion", False)
+    assert (whole.model, whole.payload["object"], "choices" in whole.payload) == (
+        MODEL,
+        "text_completion",
+        False,
+    )
     assert 0 < whole.first_token_s <= whole.total_s < IN_TIME
     assert whole.total_s == stream.completion.total_s
     sent = {
@@ -4496,9 +6625,16 @@ def test_entering_a_stream_raises_what_is_wrong(server, connect):
         pytest.fail("entered")
 
 
-CUT_EVENTS: Final = [text_event("a"), text_event("é"), text_event("c", finish_reason="stop"), "[DONE]"]
+CUT_EVENTS: Final = [
+    text_event("a"),
+    text_event("é"),
+    text_event("c", finish_reason="stop"),
+    "[DONE]",
+]
 CUT_RAW: Final = [
-    b"data: " + (e if isinstance(e, str) else json.dumps(e, separators=(",", ":"))).encode() + b"\n\n"
+    b"data: "
+    + (e if isinstance(e, str) else json.dumps(e, separators=(",", ":"))).encode()
+    + b"\n\n"
     for e in CUT_EVENTS
 ]
 CUT_BODY: Final = b"".join(CUT_RAW)
@@ -4510,13 +6646,17 @@ LENGTH_HEAD: Final = PLAIN_HEAD + b"content-length: %d\r\n\r\n" % len(CUT_BODY)
     ("head", "pieces", "step_size"),
     [
         pytest.param(SSE_HEAD, CUT_RAW, 1, id="chunked-as-vllm-does"),
-        pytest.param(SSE_HEAD, [b"".join(CUT_RAW[:2]), b"".join(CUT_RAW[2:])], 3, id="two-events-in-a-chunk"),
+        pytest.param(
+            SSE_HEAD, [b"".join(CUT_RAW[:2]), b"".join(CUT_RAW[2:])], 3, id="two-events-in-a-chunk"
+        ),
         pytest.param(SSE_HEAD, [bytes([byte]) for byte in CUT_BODY], 7, id="a-chunk-for-each-byte"),
         pytest.param(PLAIN_HEAD + b"connection: close\r\n\r\n", None, 1, id="until-it-closes"),
         pytest.param(LENGTH_HEAD, None, 3, id="content-length"),
     ],
 )
-def test_a_stream_cut_at_every_byte_keeps_its_whole_events(server, connect, head, pieces, step_size):
+def test_a_stream_cut_at_every_byte_keeps_its_whole_events(
+    server, connect, head, pieces, step_size
+):
     client = connect(server, max_retries=0)
     body = CUT_BODY if pieces is None else b"".join(map(chunk, pieces))
     for size in range(0, len(body) + 1, step_size):
@@ -4525,7 +6665,9 @@ def test_a_stream_cut_at_every_byte_keeps_its_whole_events(server, connect, head
             connection.send(raw)
             connection.close()
 
-        surely, at_most = (body[:size].count(b"\n\n"),) * 2 if pieces is None else _events_in_chunks(body[:size])
+        surely, at_most = (
+            (body[:size].count(b"\n\n"),) * 2 if pieces is None else _events_in_chunks(body[:size])
+        )
         server.script(step)
         stream, texts, error = client.stream_complete("x"), [], None
         try:
@@ -4533,7 +6675,7 @@ def test_a_stream_cut_at_every_byte_keeps_its_whole_events(server, connect, head
         except StreamError as broken:
             error = broken
         if error is None:
-            assert at_most == len(CUT_EVENTS), size
+            assert at_most >= 3, size  # [DONE] counts without its blank line
         else:
             assert surely < len(CUT_EVENTS), size
             assert (error.retryable, error.request_id) == (True, stream.completion.request_id)
@@ -4568,7 +6710,11 @@ def test_an_event_is_not_lost_with_the_end_of_its_chunk(server, connect, size):
 
 def _framed(start: bytes = b"", end: bytes = b"", last: bytes = LAST_CHUNK) -> bytes:
     """Return a chunked reply whose sizes have something before and after them."""
-    return SSE_HEAD + b"".join(start + b"%X" % len(raw) + end + b"\r\n" + raw + b"\r\n" for raw in CUT_RAW) + last
+    return (
+        SSE_HEAD
+        + b"".join(start + b"%X" % len(raw) + end + b"\r\n" + raw + b"\r\n" for raw in CUT_RAW)
+        + last
+    )
 
 
 @pytest.mark.parametrize(
@@ -4581,9 +6727,13 @@ def _framed(start: bytes = b"", end: bytes = b"", last: bytes = LAST_CHUNK) -> b
         pytest.param(_framed(last=b"000;a=b\r\n\r\n"), id="last-chunk-with-zeros"),
         pytest.param(_framed(last=b"0\r\nX-Checksum: 1\r\n\r\n"), id="trailers"),
         pytest.param(
-            SSE_HEAD + chunk(b": " + b"a" * 50_000 + b"\n\n" + CUT_BODY) + LAST_CHUNK, id="larger-than-a-buffer"
+            SSE_HEAD + chunk(b": " + b"a" * 50_000 + b"\n\n" + CUT_BODY) + LAST_CHUNK,
+            id="larger-than-a-buffer",
         ),
-        pytest.param(SSE_HEAD + b"".join(chunk(bytes([byte])) for byte in CUT_BODY) + LAST_CHUNK, id="a-byte-each"),
+        pytest.param(
+            SSE_HEAD + b"".join(chunk(bytes([byte])) for byte in CUT_BODY) + LAST_CHUNK,
+            id="a-byte-each",
+        ),
     ],
 )
 def test_a_stream_in_any_chunks_leaves_its_connection(server, connect, raw):
@@ -4604,14 +6754,19 @@ def test_a_chunk_without_a_size_is_where_the_reply_breaks_off(server, connect, s
 
 
 @pytest.mark.parametrize(
-    "framing", [pytest.param(_framed(), id="chunked"), pytest.param(LENGTH_HEAD + CUT_BODY, id="length")]
+    "framing",
+    [pytest.param(_framed(), id="chunked"), pytest.param(LENGTH_HEAD + CUT_BODY, id="length")],
 )
 def test_a_stream_is_the_same_however_tcp_cuts_it(server, connect, framing):
     client = connect(server)
     for size in range(1, len(framing), 5):
         head, tail = framing[:size], framing[size:]
         server.script(
-            lambda connection, a=head, b=tail: (connection.send(a), connection.pause(0.001), connection.send(b))
+            lambda connection, a=head, b=tail: (
+                connection.send(a),
+                connection.pause(0.001),
+                connection.send(b),
+            )
         )
         assert [delta.text for delta in client.stream_complete("x")] == ["a", "é", "c"], size
     assert {request.connection for request in server.requests} == {1}
@@ -4631,7 +6786,10 @@ def test_a_reset_stream_keeps_what_had_arrived(server, connect):
     has_read.set()
     error = error_of(next, stream)
     assert type(error) is StreamError
-    assert str(error) == f"the reply broke off: POST {server.url}/v1/completions: [Errno 104] Connection reset by peer"
+    assert (
+        str(error)
+        == f"the reply broke off: POST {server.url}/v1/completions: connection reset by peer"
+    )
     assert error.partial.text == "a"
     assert len(server.requests) == 1
 
@@ -4640,7 +6798,14 @@ def test_a_reset_stream_keeps_what_had_arrived(server, connect):
     ("told", "kind", "message"),
     [
         pytest.param(
-            {"error": {"message": "bad logit_bias", "type": "BadRequestError", "param": None, "code": 400}},
+            {
+                "error": {
+                    "message": "bad logit_bias",
+                    "type": "BadRequestError",
+                    "param": None,
+                    "code": 400,
+                }
+            },
             InvalidRequestError,
             "400 'bad logit_bias': POST {url}/v1/completions",
             id="flat",
@@ -4653,7 +6818,9 @@ def test_a_reset_stream_keeps_what_had_arrived(server, connect):
         ),
     ],
 )
-def test_an_error_inside_a_stream_is_raised_with_what_came_before(server, connect, told, kind, message):
+def test_an_error_inside_a_stream_is_raised_with_what_came_before(
+    server, connect, told, kind, message
+):
     server.script(sse(text_event("a"), text_event("b"), told))
     stream = connect(server).stream_complete("x")
     assert [next(stream).text, next(stream).text] == ["a", "b"]
@@ -4703,7 +6870,8 @@ def test_a_stream_may_end_with_a_reason_and_no_text(server, connect):
 
 
 @pytest.mark.parametrize(
-    "is_stream", [pytest.param(True, id="gateway-that-cannot-stream"), pytest.param(False, id="plain")]
+    "is_stream",
+    [pytest.param(True, id="gateway-that-cannot-stream"), pytest.param(False, id="plain")],
 )
 def test_a_whole_reply(server, connect, is_stream):
     payload = {"id": "cmpl-1", "model": "m", **text_event(" Paris.", finish_reason="stop")}
@@ -4715,7 +6883,12 @@ def test_a_whole_reply(server, connect, is_stream):
         completion = stream.completion
     else:
         completion = client.complete(PROMPT)
-    assert (completion.id, completion.model, completion.text, completion.payload) == ("cmpl-1", "m", " Paris.", payload)
+    assert (completion.id, completion.model, completion.text, completion.payload) == (
+        "cmpl-1",
+        "m",
+        " Paris.",
+        payload,
+    )
     assert 0 < completion.total_s < IN_TIME
     assert ("stream" in server.requests[0].body) is is_stream
 
@@ -4727,7 +6900,9 @@ NESTED: Final = b'{"choices": ' + b"[" * 100_000
 PAYLOAD: Final = json.dumps(text_event("a")).encode()
 
 
-@pytest.mark.parametrize("is_stream", [pytest.param(True, id="stream"), pytest.param(False, id="plain")])
+@pytest.mark.parametrize(
+    "is_stream", [pytest.param(True, id="stream"), pytest.param(False, id="plain")]
+)
 @pytest.mark.parametrize(
     ("raw", "message"),
     [
@@ -4742,14 +6917,24 @@ PAYLOAD: Final = json.dumps(text_event("a")).encode()
             id="empty",
         ),
         pytest.param(
-            reply(200, PAYLOAD[:-3]), "not the JSON vLLM sends: {where}: '{quoted}'; {advice}", id="truncated-json"
-        ),
-        pytest.param(reply(200, [1]), "not the JSON vLLM sends: {where}: '[1]'; {advice}", id="json-of-another-kind"),
-        pytest.param(
-            reply(200, NESTED), "not the JSON vLLM sends: {where}: '{nested}…'; {advice}", id="nested-beyond-recursion"
+            reply(200, PAYLOAD[:-3]),
+            "not the JSON vLLM sends: {where}: '{quoted}'; {advice}",
+            id="truncated-json",
         ),
         pytest.param(
-            sse("<html>"), "not the JSON vLLM sends: {where}: '<html>'; {advice}", id="event-that-is-not-json"
+            reply(200, [1]),
+            "not the JSON vLLM sends: {where}: '[1]'; {advice}",
+            id="json-of-another-kind",
+        ),
+        pytest.param(
+            reply(200, NESTED),
+            "not the JSON vLLM sends: {where}: '{nested}…'; {advice}",
+            id="nested-beyond-recursion",
+        ),
+        pytest.param(
+            sse("<html>"),
+            "not the JSON vLLM sends: {where}: '<html>'; {advice}",
+            id="event-that-is-not-json",
         ),
         pytest.param(
             sse(NESTED.decode()),
@@ -4758,12 +6943,12 @@ PAYLOAD: Final = json.dumps(text_event("a")).encode()
         ),
         pytest.param(
             reply(200, zlib.compress(PAYLOAD, wbits=31), {"Content-Encoding": "gzip"}),
-            "the reply is encoded as 'gzip', which was not asked for: {where}",
+            "the reply is encoded as 'gzip', which was not requested: {where}",
             id="gzip",
         ),
         pytest.param(
             sse(text_event("a")).replace(b"vary: Origin", b"content-encoding: gzip"),
-            "the reply is encoded as 'gzip', which was not asked for: {where}",
+            "the reply is encoded as 'gzip', which was not requested: {where}",
             id="gzip-stream",
         ),
         pytest.param(
@@ -4779,7 +6964,11 @@ def test_replies_that_are_not_vllms(server, connect, raw, message, is_stream):
     ask = client.stream_complete if is_stream else client.complete
     error = error_of(lambda: list(ask("x")))
     assert type(error) is ProtocolError
-    where, quoted, nested = f"POST {server.url}/v1/completions", PAYLOAD[:-3].decode(), NESTED[:200].decode()
+    where, quoted, nested = (
+        f"POST {server.url}/v1/completions",
+        PAYLOAD[:-3].decode(),
+        NESTED[:200].decode(),
+    )
     assert str(error) == message.format(where=where, advice=ADVICE, quoted=quoted, nested=nested)
     assert (error.retryable, error.status_code, error.partial.text) == (False, None, "")
     assert error.request_id == server.requests[0].headers["X-Request-Id"].removesuffix("-1")
@@ -4797,14 +6986,10 @@ def test_a_reply_may_not_be_larger_than_its_limit(server, connect, monkeypatch):
     assert server.aborted.empty()
 
 
-def test_a_stream_may_not_be_larger_than_its_limit(server, connect, monkeypatch):
+def test_a_stream_has_no_limit_in_total(server, connect, monkeypatch):
     monkeypatch.setattr(vllm_provider, "MAX_REPLY_BYTES", 1000)
-    server.script(stall(SSE_HEAD + chunk(text_event("a" * 500)) + chunk(text_event("b" * 500))))
-    error = error_of(list, connect(server).stream_complete("x"))
-    assert type(error) is ProtocolError
-    assert str(error) == f"the reply is larger than 1000 bytes: POST {server.url}/v1/completions"
-    assert error.partial.text == "a" * 500
-    server.aborted.get(timeout=IN_TIME)
+    server.script(sse(*[text_event("a" * 500)] * 9))
+    assert len("".join(delta.text for delta in connect(server).stream_complete("x"))) == 4500
 
 
 @pytest.mark.parametrize(
@@ -4826,11 +7011,16 @@ def test_an_event_may_not_be_larger_than_its_limit(server, connect, monkeypatch,
 
 
 def test_a_server_that_does_not_speak_http(server, connect):
-    server.script(lambda connection: (connection.send(b"SSH-2.0-OpenSSH_9.6\r\n"), connection.close()))
+    server.script(
+        lambda connection: (connection.send(b"SSH-2.0-OpenSSH_9.6\r\n"), connection.close())
+    )
     error = error_of(connect(server).complete, "x")
     assert type(error) is ProtocolError
     where = f"POST {server.url}/v1/completions"
-    assert str(error) == f"not an HTTP reply: {where}: 'SSH-2.0-OpenSSH_9.6'; is it vLLM's port, and http there?"
+    assert (
+        str(error)
+        == f"not an HTTP reply: {where}: 'SSH-2.0-OpenSSH_9.6'; is it vLLM's port, and http there?"
+    )
 
 
 # ---- Transport: time --------------------------------------------------------
@@ -4851,11 +7041,13 @@ def _trickle(count: int, piece: bytes, first: bytes = b"", every_s: float = 0.02
     return step
 
 
-TRANSPORT_ROLE: Final = chunk({"choices": [{"index": 0, "delta": {"role": "assistant", "content": ""}}]})
-NO_REPLY: Final = "no reply within 0.15 s: POST {url}/v1/completions; raise timeout, or ask for fewer tokens"
-SILENT: Final = (
-    "silent for 0.15 s in mid-reply: POST {url}/v1/completions; raise stream_idle_timeout, or see if a proxy buffers"
+TRANSPORT_ROLE: Final = chunk(
+    {"choices": [{"index": 0, "delta": {"role": "assistant", "content": ""}}]}
 )
+NO_REPLY: Final = (
+    "no reply within 0.15 s: POST {url}/v1/completions; raise timeout, or ask for fewer tokens"
+)
+SILENT: Final = "no data for 0.15 s in the middle of a reply: POST {url}/v1/completions; raise stream_idle_timeout, or see if a proxy buffers"
 TOO_LATE: Final = "deadline of 0.15 s reached: POST {url}/v1/completions; give the call more time"
 
 
@@ -4864,7 +7056,9 @@ TOO_LATE: Final = "deadline of 0.15 s reached: POST {url}/v1/completions; give t
     [
         pytest.param(stall(), {"timeout": LIMIT}, NO_REPLY, "", id="accepts-and-never-answers"),
         pytest.param(stall(SSE_HEAD), {"timeout": LIMIT}, NO_REPLY, "", id="headers-then-nothing"),
-        pytest.param(drip(SSE_HEAD, 0.02), {"timeout": LIMIT}, NO_REPLY, "", id="trickles-its-headers"),
+        pytest.param(
+            drip(SSE_HEAD, 0.02), {"timeout": LIMIT}, NO_REPLY, "", id="trickles-its-headers"
+        ),
         pytest.param(
             _trickle(500, chunk(b": keep-alive\n\n"), SSE_HEAD),
             {"timeout": LIMIT},
@@ -4873,7 +7067,11 @@ TOO_LATE: Final = "deadline of 0.15 s reached: POST {url}/v1/completions; give t
             id="comments-are-no-output",
         ),
         pytest.param(
-            _trickle(500, TRANSPORT_ROLE, SSE_HEAD), {"timeout": LIMIT}, NO_REPLY, "", id="the-role-is-no-output"
+            _trickle(500, TRANSPORT_ROLE, SSE_HEAD),
+            {"timeout": LIMIT},
+            NO_REPLY,
+            "",
+            id="the-role-is-no-output",
         ),
         pytest.param(
             stall(SSE_HEAD + chunk(text_event("a"))),
@@ -4904,7 +7102,13 @@ TOO_LATE: Final = "deadline of 0.15 s reached: POST {url}/v1/completions; give t
             id="deadline-cuts-output",
         ),
         pytest.param(stall(), {"deadline": LIMIT}, TOO_LATE, "", id="deadline-before-headers"),
-        pytest.param(stall(), {"deadline": LIMIT, "timeout": math.inf}, TOO_LATE, "", id="deadline-without-timeout"),
+        pytest.param(
+            stall(),
+            {"deadline": LIMIT, "timeout": math.inf},
+            TOO_LATE,
+            "",
+            id="deadline-without-timeout",
+        ),
     ],
 )
 def test_limits_of_a_stream(server, connect, pauses, step, limits, message, text):
@@ -4928,8 +7132,15 @@ def test_limits_of_a_stream(server, connect, pauses, step, limits, message, text
     ("step", "limits", "message"),
     [
         pytest.param(stall(), {"timeout": LIMIT}, NO_REPLY, id="accepts-and-never-answers"),
-        pytest.param(stall(reply(200, "x" * 99)[:-9]), {"timeout": LIMIT}, NO_REPLY, id="stops-in-the-body"),
-        pytest.param(drip(reply(200, text_event("a" * 500)), 0.02), {"timeout": LIMIT}, NO_REPLY, id="trickles"),
+        pytest.param(
+            stall(reply(200, "x" * 99)[:-9]), {"timeout": LIMIT}, NO_REPLY, id="stops-in-the-body"
+        ),
+        pytest.param(
+            drip(reply(200, text_event("a" * 500)), 0.02),
+            {"timeout": LIMIT},
+            NO_REPLY,
+            id="trickles",
+        ),
         pytest.param(
             _trickle(500, chunk(b" "), SSE_HEAD.replace(b"text/event-stream", b"application/json")),
             {"timeout": LIMIT, "stream_idle_timeout": NEVER},
@@ -5055,14 +7266,17 @@ def test_a_pause_beyond_the_deadline_is_not_begun(server, connect, pauses):
     server.script(reply(503, {"error": "busy"}, {"Retry-After": "20"}))
     error = error_of(connect(server).complete, "x", deadline=10)
     assert type(error) is LLMTimeoutError
-    text = f"the deadline of 10 s leaves no time to try again: 503 'busy': POST {server.url}/v1/completions"
+    text = f"the deadline leaves no time to try again: 503 'busy': POST {server.url}/v1/completions{ADVICE_503}"
     assert (str(error), error.retryable, pauses) == (text, False, [])
     assert isinstance(error.__cause__, ProviderUnavailableError)
 
 
 def test_timeout_counts_anew_for_each_attempt(server, connect, monkeypatch):
     def slow(status: int) -> Step:
-        return lambda connection: (connection.pause(0.2), connection.send(reply(status, text_event("a"))))
+        return lambda connection: (
+            connection.pause(0.2),
+            connection.send(reply(status, text_event("a"))),
+        )
 
     monkeypatch.setattr(random, "uniform", lambda _low, _high: 0.0)
     server.script(slow(503), slow(503), slow(200))
@@ -5090,7 +7304,9 @@ def test_a_limit_that_poll_would_wrap_around_is_kept(server, connect):
     assert connect(server).complete(PROMPT, timeout=4_294_967.4).text == " Paris."
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="only Linux leaves a connection to a full queue unanswered")
+@pytest.mark.skipif(
+    sys.platform != "linux", reason="only Linux leaves a connection to a full queue unanswered"
+)
 def test_connect_timeout(connect, pauses):
     with socket.socket() as listener, contextlib.ExitStack() as stack:
         listener.bind(("127.0.0.1", 0))
@@ -5104,7 +7320,10 @@ def test_connect_timeout(connect, pauses):
         error = error_of(connect(url, connect_timeout=LIMIT).complete, "x")
         assert LIMIT * 0.9 <= time.monotonic() - begun < IN_TIME
         where = f"POST {url}/v1/completions"
-        assert str(error) == f"no connection in time: {where}; is the host right, and does a firewall block it?"
+        assert (
+            str(error)
+            == f"no connection in time: {where}; is the host right, and does a firewall block it? (connect_timeout)"
+        )
         assert (type(error), error.retryable, pauses) == (LLMTimeoutError, True, [])
 
 
@@ -5136,7 +7355,9 @@ def test_the_words_of_an_error_may_not_take_forever(server, connect, monkeypatch
     server.aborted.get(timeout=1)
 
 
-@pytest.mark.parametrize("is_apart", [pytest.param(True, id="apart"), pytest.param(False, id="in-one-segment")])
+@pytest.mark.parametrize(
+    "is_apart", [pytest.param(True, id="apart"), pytest.param(False, id="in-one-segment")]
+)
 def test_a_stream_without_its_last_chunk_ends_at_done(server, connect, is_apart):
     def step(connection: Connection) -> None:
         connection.send(SSE_HEAD)
@@ -5173,20 +7394,32 @@ STOP_PHASES: Final = [
     pytest.param([(GENERATION, stall())], "", id="before-headers"),
     pytest.param([(GENERATION, stall(SSE_HEAD[:60]))], "", id="mid-headers"),
     pytest.param([(GENERATION, stall(SSE_HEAD))], "", id="after-headers"),
-    pytest.param([(GENERATION, stall(SSE_HEAD + chunk(text_event("a"))))], "a", id="between-events"),
-    pytest.param([(GENERATION, stall(SSE_HEAD + chunk(text_event("a")) + chunk("bcde")[:8]))], "a", id="mid-event"),
+    pytest.param(
+        [(GENERATION, stall(SSE_HEAD + chunk(text_event("a"))))], "a", id="between-events"
+    ),
+    pytest.param(
+        [(GENERATION, stall(SSE_HEAD + chunk(text_event("a")) + chunk("bcde")[:8]))],
+        "a",
+        id="mid-event",
+    ),
     pytest.param([(GENERATION, stall(reply(200, "x" * 99)[:-9]))], "", id="mid-json"),
     pytest.param([(GENERATION, stall(reply(500, "x" * 99)[:-9]))], "", id="mid-error"),
-    pytest.param([(GENERATION, reply(503)), (GENERATION, stall())], "", id="second-attempt-same-connection"),
+    pytest.param(
+        [(GENERATION, reply(503)), (GENERATION, stall())], "", id="second-attempt-same-connection"
+    ),
     pytest.param(
         [(GENERATION, reply(503, headers={"Connection": "close"})), (GENERATION, stall())],
         "",
         id="second-attempt-new-connection",
     ),
     pytest.param([("/v1/models", stall())], "", id="asking-for-the-model"),
-    pytest.param([("/v1/models", None), (GENERATION, stall())], "", id="after-asking-for-the-model"),
     pytest.param(
-        [("/v1/models", None), (GENERATION, stall(SSE_HEAD + chunk(text_event("a"))))], "a", id="model-then-events"
+        [("/v1/models", None), (GENERATION, stall())], "", id="after-asking-for-the-model"
+    ),
+    pytest.param(
+        [("/v1/models", None), (GENERATION, stall(SSE_HEAD + chunk(text_event("a"))))],
+        "a",
+        id="model-then-events",
     ),
 ]
 
@@ -5200,7 +7433,9 @@ def test_stop_from_another_thread(connect, monkeypatch, tls_files, steps, text, 
         for path, step in steps:
             server.script(step, path=path)
         model = None if steps[0][0] == "/v1/models" else MODEL
-        client = connect(server, default_model=model, timeout=NEVER, verify=tls_files[0] if tls else True)
+        client = connect(
+            server, default_model=model, timeout=NEVER, verify=tls_files[0] if tls else True
+        )
         stream = client.stream_complete("x")
         caller = InThread(list, stream)
         wait_until(lambda: len(server.requests) == len(steps) and stream.completion.text == text)
@@ -5220,7 +7455,9 @@ def test_stop_from_another_thread(connect, monkeypatch, tls_files, steps, text, 
         assert list(stream) == []
 
 
-@pytest.mark.parametrize("retry_after", [pytest.param("20", id="seconds"), pytest.param("1e15", id="ages")])
+@pytest.mark.parametrize(
+    "retry_after", [pytest.param("20", id="seconds"), pytest.param("1e15", id="ages")]
+)
 @pytest.mark.parametrize("stop", STOPS)
 def test_stop_in_a_retry_pause(server, connect, stop, retry_after):
     server.script(reply(503, headers={"Retry-After": retry_after}))
@@ -5256,7 +7493,7 @@ def test_a_stopped_call_does_not_look_like_a_stale_connection(connect, tls_files
 
 @pytest.mark.parametrize("stop", STOPS)
 def test_stop_while_the_host_is_looked_up(server, connect, monkeypatch, pauses, stop):
-    is_asked, is_known, look_up = queue.SimpleQueue(), queue.SimpleQueue(), socket.getaddrinfo
+    is_asked, is_known, look_up = queue.Queue(), queue.Queue(), socket.getaddrinfo
 
     def getaddrinfo(*args: Any, **options: Any) -> Any:
         is_asked.put(True)
@@ -5348,7 +7585,9 @@ def test_stop_before_entering(server, connect, stop):
 
 
 @pytest.mark.parametrize("stop", STOPS)
-def test_stop_while_the_last_bytes_are_awaited_takes_nothing_away(server, connect, monkeypatch, stop):
+def test_stop_while_the_last_bytes_are_awaited_takes_nothing_away(
+    server, connect, monkeypatch, stop
+):
     monkeypatch.setattr(vllm_provider, "DRAIN_S", 5.0)
     server.script(stall(sse(text_event("a"), end=False)))
     client = connect(server)
@@ -5375,8 +7614,12 @@ def test_stop_of_a_finished_stream_changes_nothing(server, connect, stop):
 
 
 @pytest.mark.parametrize("tls", [pytest.param(False, id="http"), pytest.param(True, id="https")])
-@pytest.mark.parametrize("is_stream", [pytest.param(True, id="stream"), pytest.param(False, id="plain")])
-def test_a_late_stop_does_not_hit_the_next_call_on_the_same_connection(connect, tls_files, is_stream, tls):
+@pytest.mark.parametrize(
+    "is_stream", [pytest.param(True, id="stream"), pytest.param(False, id="plain")]
+)
+def test_a_late_stop_does_not_hit_the_next_call_on_the_same_connection(
+    connect, tls_files, is_stream, tls
+):
     with StandIn(tls=tls_files if tls else None) as server:
         client = connect(server, verify=tls_files[0] if tls else True)
         finished = client.stream_complete(PROMPT)
@@ -5389,7 +7632,9 @@ def test_a_late_stop_does_not_hit_the_next_call_on_the_same_connection(connect, 
             connection.send(chunk(text_event("b")) + chunk("[DONE]") + LAST_CHUNK)
 
         server.script(step)
-        caller = InThread(list, client.stream_complete("x") if is_stream else client.stream_chat("x"))
+        caller = InThread(
+            list, client.stream_complete("x") if is_stream else client.stream_chat("x")
+        )
         wait_until(lambda: len(server.requests) == 2)
         finished.cancel()
         finished.close()
@@ -5453,7 +7698,10 @@ def _kept(leave: Callable[[Stream], None]) -> Callable[[VLLMClient, list[Stream]
         pytest.param(_kept(_leave_with), id="leaving-with"),
         pytest.param(lambda client, _kept: _raise_in_bare_loop(client), id="exception-in-a-loop"),
         pytest.param(lambda client, _kept: next(client.stream_complete("x")), id="dropped"),
-        pytest.param(lambda client, _kept: _leave_generator(client.stream_complete("x")), id="generator-dropped"),
+        pytest.param(
+            lambda client, _kept: _leave_generator(client.stream_complete("x")),
+            id="generator-dropped",
+        ),
     ],
 )
 @pytest.mark.parametrize("tls", [pytest.param(False, id="http"), pytest.param(True, id="https")])
@@ -5562,9 +7810,15 @@ def test_a_snapshot_may_be_taken_by_another_thread(server, connect, monkeypatch)
 
 def _script(code: str, *args: str) -> subprocess.Popen[str]:
     """Return a Python that runs `code`, with this vllm_provider to import."""
-    env = {**os.environ, "PYTHONPATH": str(Path(vllm_provider.__file__).parent), "PYTHONDONTWRITEBYTECODE": "1"}
+    env = {
+        **os.environ,
+        "PYTHONPATH": str(Path(vllm_provider.__file__).parent),
+        "PYTHONDONTWRITEBYTECODE": "1",
+    }
     command = [sys.executable, "-W", "error", "-c", code, *args]
-    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(
+        command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
 
 
 INTERRUPTED: Final = """
@@ -5599,21 +7853,22 @@ def test_ctrl_c_stops_the_server(server, connect, kind, step):
         begun = time.monotonic()
         process.send_signal(signal.SIGINT)
         assert server.aborted.get(timeout=2) - begun < 1
-        assert process.stdout.readline() == "interrupted 1\n"
+        assert process.stdout.readline() == "interrupted 2\n"
         process.kill()
 
 
-def test_stop_of_a_question_on_the_side_ends_the_call(server, connect):
-    server.script(reply(404, {"error": {"message": "The model `x` does not exist.", "code": 404}}), stall())
+def test_stop_of_an_auxiliary_request_ends_the_call(server, connect):
+    gone = {"error": {"message": "The model `parrot` does not exist.", "code": 404}}
+    server.script(None, None, reply(404, gone), stall())
     client = connect(server, default_model=None)
-    client._served_model = "x"
+    client.complete("x")
     stream = client.stream_complete("x")
     thread = InThread(list, stream)
-    while len(server.requests) < 2:
-        time.sleep(0.001)
+    wait_until(lambda: len(server.requests) == 4)
     stream.cancel()
     assert type(thread.outcome()) is AbortError
-    assert [request.path for request in server.requests] == ["/v1/completions", "/v1/models"]
+    paths = ["/v1/models", "/v1/completions"]
+    assert [request.path for request in server.requests] == [*paths, *reversed(paths)]
 
 
 def test_a_client_of_another_process_opens_connections_of_its_own(server, connect, monkeypatch):
@@ -5633,6 +7888,15 @@ def tls_server(tls_files) -> Iterator[StandIn]:
         yield one
 
 
+UNKNOWN_CA: Final = (
+    "(self-signed certificate); set verify to the CA bundle that signed the server's certificate"
+)
+OTHER_HOST: Final = (
+    "(Hostname mismatch, certificate is not valid for 'other.test'.);"
+    " set base_url to a name in the server's certificate"
+)
+
+
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
 def test_tls_with_its_own_ca(tls_server, tls_files, connect, host):
     client = connect(tls_server.url.replace("127.0.0.1", host), verify=tls_files[0])
@@ -5649,9 +7913,9 @@ def test_tls_unverified(tls_server, connect):
 @pytest.mark.parametrize(
     ("host", "verify", "reason"),
     [
-        pytest.param("127.0.0.1", certifi.where(), "CERTIFICATE_VERIFY_FAILED", id="another-ca"),
-        pytest.param("127.0.0.1", True, "CERTIFICATE_VERIFY_FAILED", id="no-ca-of-ours"),
-        pytest.param("other.test", None, "CERTIFICATE_VERIFY_FAILED", id="another-host"),
+        pytest.param("127.0.0.1", certifi.where(), UNKNOWN_CA, id="another-ca"),
+        pytest.param("127.0.0.1", True, UNKNOWN_CA, id="no-ca-of-ours"),
+        pytest.param("other.test", None, OTHER_HOST, id="another-host"),
     ],
 )
 def test_a_certificate_that_is_not_good_is_not_retried(
@@ -5660,8 +7924,7 @@ def test_a_certificate_that_is_not_good_is_not_retried(
     url = tls_server.url.replace("127.0.0.1", host)
     error = error_of(connect(url, verify=tls_files[0] if verify is None else verify).complete, "x")
     assert type(error) is NetworkError
-    advice = f"does {url} speak https, and does verify name its CA bundle?"
-    assert str(error) == f"no connection to {url}: TLS failed ({reason}); {advice}"
+    assert str(error) == f"no connection to {url}: TLS failed {reason}"
     assert (error.retryable, pauses, tls_server.requests) == (False, [], [])
 
 
@@ -5705,7 +7968,9 @@ def test_the_environments_ca_bundle(
     tls_server, tls_files, connect, monkeypatch, vllm_test_host, host, verify, is_trusted
 ):
     make = connect  # it clears the environment
-    monkeypatch.setenv("REQUESTS_CA_BUNDLE", tls_files[0] if verify is not False else certifi.where())
+    monkeypatch.setenv(
+        "REQUESTS_CA_BUNDLE", tls_files[0] if verify is not False else certifi.where()
+    )
     client = make(tls_server.url.replace("127.0.0.1", host), verify=verify)
     if is_trusted:
         assert client.complete(PROMPT).text == " Paris."
@@ -5728,7 +7993,9 @@ def test_a_connection_reset_while_tls_begins_is_retried(tls_server, tls_files, c
         error = error_of(connect(url, verify=tls_files[0], max_retries=2).complete, "x")
         caller.outcome()
     assert type(error) is NetworkError
-    assert str(error).startswith(f"no connection to {url}: connection reset by peer; is vLLM running?")
+    assert str(error).startswith(
+        f"no connection to {url}: connection reset by peer; is vLLM running?"
+    )
     assert pauses == [0.5, 1.0]
 
 
@@ -5766,8 +8033,8 @@ def _date(seconds: float) -> str:
         pytest.param(429, {}, 0.5, id="429"),
         pytest.param(502, {}, 0.5, id="502"),
         pytest.param(503, {}, 0.5, id="503"),
-        pytest.param(503, {"Retry-After": "7"}, 7.0, id="seconds"),
-        pytest.param(429, {"Retry-After": "1.5"}, 1.5, id="fractions-of-seconds"),
+        pytest.param(503, {"Retry-After": "7"}, 7.5, id="seconds"),
+        pytest.param(429, {"Retry-After": "1.5"}, 2.0, id="fractions-of-seconds"),
         pytest.param(503, {"Retry-After": "0"}, 0.5, id="less-than-our-own"),
         pytest.param(503, {"Retry-After": "-5"}, 0.5, id="negative"),
         pytest.param(503, {"Retry-After": "soon"}, 0.5, id="nonsense"),
@@ -5784,7 +8051,7 @@ def test_what_is_retried(server, connect, pauses, status, headers, pause):
 def test_pause_until_a_date(server, connect, pauses):
     server.script(lambda connection: connection.send(reply(503, "", {"Retry-After": _date(20)})))
     assert connect(server).complete(PROMPT).text == " Paris."
-    assert pauses == [pytest.approx(19.5, abs=2)]
+    assert pauses == [pytest.approx(20, abs=2)]
 
 
 @pytest.mark.parametrize(
@@ -5823,10 +8090,12 @@ def test_retries_end_with_the_last_error(server, connect, pauses, caplog):
     assert (error.status_code, error.retryable, error.server_message) == (429, True, "quota")
     assert (len(server.requests), pauses) == (4, [0.5, 1.0, 2.0])
     where = f"POST {server.url}/v1/completions"
-    assert [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING] == [
-        f"retry 1 of 3 in 0.5 s: 503 'busy': {where}",
+    assert [
+        record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING
+    ] == [
+        f"retry 1 of 3 in 0.5 s: 503 'busy': {where}{ADVICE_503}",
         f"retry 2 of 3 in 1.0 s: 429 'quota': {where}",
-        f"retry 3 of 3 in 2.0 s: 503 'busy': {where}",
+        f"retry 3 of 3 in 2.0 s: 503 'busy': {where}{ADVICE_503}",
     ]
 
 
@@ -5858,7 +8127,9 @@ def test_a_server_that_goes_down_between_attempts(server, connect, pauses):
     assert (type(error), str(error), pauses) == (NetworkError, text, [0.5, 1.0, 2.0])
 
 
-@pytest.mark.parametrize("retry_after", [pytest.param("31", id="seconds"), pytest.param(_date(3600), id="date")])
+@pytest.mark.parametrize(
+    "retry_after", [pytest.param("31", id="seconds"), pytest.param(_date(3600), id="date")]
+)
 def test_a_retry_after_above_max_retry_delay_ends_it(server, connect, pauses, retry_after):
     server.script(reply(429, {"error": "quota"}, {"Retry-After": retry_after}))
     error = error_of(connect(server, max_retry_delay=30).complete, "x")
@@ -5876,7 +8147,9 @@ def test_each_attempt_has_an_id_of_its_own(server, connect, pauses):
     server.script(reply(503), reply(503), path="/v1/completions")
     client = connect(server, default_model=None)
     first, second = client.complete(PROMPT), client.complete(PROMPT)
-    ids = [request.headers["X-Request-Id"] for request in server.requests if request.method == "POST"]
+    ids = [
+        request.headers["X-Request-Id"] for request in server.requests if request.method == "POST"
+    ]
     assert ids == [f"{first.request_id}-{n}" for n in (1, 2, 3)] + [f"{second.request_id}-1"]
     assert re.fullmatch(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", first.request_id)
     assert first.id == f"cmpl-{ids[2]}"
@@ -5896,7 +8169,9 @@ def test_the_callers_request_id_goes_unchanged(server, connect, pauses):
         pytest.param(Connection.close, id="no-byte-on-a-fresh-connection"),
         pytest.param(Connection.reset, id="reset-on-a-fresh-connection"),
         pytest.param(lambda connection: (connection.send(b"H"), connection.close()), id="one-byte"),
-        pytest.param(lambda connection: (connection.send(SSE_HEAD), connection.close()), id="headers"),
+        pytest.param(
+            lambda connection: (connection.send(SSE_HEAD), connection.close()), id="headers"
+        ),
         pytest.param(stall(b"", 0.01), id="silence-then-close"),
     ],
 )
@@ -5908,9 +8183,12 @@ def test_what_may_have_started_is_not_sent_again(server, connect, pauses, step):
 
 
 @pytest.mark.parametrize(
-    "step", [pytest.param(Connection.close, id="closed"), pytest.param(Connection.reset, id="reset")]
+    "step",
+    [pytest.param(Connection.close, id="closed"), pytest.param(Connection.reset, id="reset")],
 )
-def test_what_may_have_started_is_not_sent_again_under_tls(tls_server, tls_files, connect, pauses, step):
+def test_what_may_have_started_is_not_sent_again_under_tls(
+    tls_server, tls_files, connect, pauses, step
+):
     """A new connection is made before the request there, and must not pass for a used one."""
     tls_server.script(step)
     assert type(error_of(connect(tls_server, verify=tls_files[0]).complete, "x")) is NetworkError
@@ -5921,7 +8199,8 @@ def test_what_may_have_started_is_not_sent_again_under_tls(tls_server, tls_files
 
 
 @pytest.mark.parametrize(
-    "step", [pytest.param(Connection.close, id="closed"), pytest.param(Connection.reset, id="reset")]
+    "step",
+    [pytest.param(Connection.close, id="closed"), pytest.param(Connection.reset, id="reset")],
 )
 def test_a_stale_connection_never_shows(server, connect, pauses, caplog, step):
     """The server closes an idle connection at the very moment it is used again."""
@@ -5955,14 +8234,20 @@ def test_several_stale_connections_cost_one_attempt(server, connect):
     assert [request.connection for request in server.requests[4:]] == [4]
 
 
-@pytest.mark.parametrize("told", [pytest.param(b"H", id="a-byte"), pytest.param(SSE_HEAD[:40], id="half-a-head")])
+@pytest.mark.parametrize(
+    "told", [pytest.param(b"H", id="a-byte"), pytest.param(SSE_HEAD[:40], id="half-a-head")]
+)
 def test_a_used_connection_that_has_begun_to_answer_is_not_stale(server, connect, pauses, told):
     client = connect(server)
-    server.script(None, lambda connection: (connection.send(told), connection.pause(0.05), connection.reset()))
+    server.script(
+        None, lambda connection: (connection.send(told), connection.pause(0.05), connection.reset())
+    )
     client.complete(PROMPT)
     error = error_of(client.complete, PROMPT)
     assert type(error) is NetworkError
-    assert str(error).startswith(f"closed before a reply: POST {server.url}/v1/completions (")
+    assert str(error).startswith(
+        f"closed in the first line of a reply: POST {server.url}/v1/completions ("
+    )
     assert (len(server.requests), pauses) == (2, [])
 
 
@@ -6030,12 +8315,16 @@ def test_many_threads_share_a_client(server, connect):
 
     def ask(number: int) -> list[str]:
         prompts = [f"say {number} {turn}" for turn in range(4)]
-        streamed = ["".join(delta.text for delta in client.stream_complete(prompt)) for prompt in prompts]
-        return [client.complete(prompt).text for prompt in prompts] + streamed
+        echo = {"echo": True, "max_tokens": 0}
+        streamed = [
+            "".join(delta.text for delta in client.stream_complete(prompt, **echo))
+            for prompt in prompts
+        ]
+        return [client.complete(prompt, **echo).text for prompt in prompts] + streamed
 
     callers = [InThread(ask, number) for number in range(24)]
     for number, caller in enumerate(callers):
-        assert caller.outcome(30) == [f" You said: say {number} {turn}" for turn in range(4)] * 2
+        assert caller.outcome(30) == [f"say {number} {turn}" for turn in range(4)] * 2
     assert server.aborted.empty()
 
 
@@ -6078,7 +8367,10 @@ with vllm_provider.VLLMClient(sys.argv[1], default_model="parrot") as client:
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork there")
 def test_a_forked_process_has_connections_of_its_own(server, connect):
     with _script(FORKED, server.url) as process:
-        assert process.communicate(timeout=20)[0] == "child:  You said: x\nparent:  You said: x\n"
+        assert (
+            process.communicate(timeout=20)[0]
+            == "child:  I have not read that.\nparent:  I have not read that.\n"
+        )
     assert [request.connection for request in server.requests] == [1, 2, 1]
 
 
@@ -6104,10 +8396,15 @@ def test_redirects_are_not_followed(server, connect, pauses, status):
         error = error_of(connect(server, api_key="sekrit").complete, "x")
         assert other.requests == []
     assert type(error) is StatusError
-    assert (error.status_code, error.retryable, len(server.requests), pauses) == (status, False, 1, [])
+    assert (error.status_code, error.retryable, len(server.requests), pauses) == (
+        status,
+        False,
+        1,
+        [],
+    )
     target = f"{other.url}/prefix/v1/completions"
     where = f"POST {server.url}/v1/completions"
-    advice = f"which is not followed, lest the prompt go astray: set base_url to '{other.url}/prefix'"
+    advice = f"which is not followed: the prompt would go to another place; set base_url to '{other.url}/prefix'"
     assert str(error) == f"{where} is redirected to '{target}', {advice}"
 
 
@@ -6116,9 +8413,13 @@ def test_redirects_are_not_followed(server, connect, pauses, status):
     [pytest.param("sekrit", "Bearer sekrit", id="key"), pytest.param("EMPTY", None, id="no-key")],
 )
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "vllm.test"])
-def test_netrc_does_not_replace_the_key(server, connect, monkeypatch, tmp_path, vllm_test_host, host, api_key, sent):
+def test_netrc_does_not_replace_the_key(
+    server, connect, monkeypatch, tmp_path, vllm_test_host, host, api_key, sent
+):
     netrc = tmp_path / "netrc"
-    netrc.write_text(f"machine {host} login wrong password wrong\ndefault login wrong password wrong\n")
+    netrc.write_text(
+        f"machine {host} login wrong password wrong\ndefault login wrong password wrong\n"
+    )
     monkeypatch.setenv("NETRC", str(netrc))
     client = connect(server.url.replace("127.0.0.1", host), api_key=api_key)
     client.complete(PROMPT)
@@ -6140,7 +8441,9 @@ def test_a_proxy_of_the_environment_is_used(server, connect, monkeypatch):
     client = connect("http://vllm.test:8000", api_key="sekrit")
     assert client.complete("x").text == "a"
     assert [delta.text for delta in client.stream_complete("x")] == ["b"]
-    assert [request.path for request in server.requests] == ["http://vllm.test:8000/v1/completions"] * 2
+    assert [request.path for request in server.requests] == [
+        "http://vllm.test:8000/v1/completions"
+    ] * 2
     assert [request.connection for request in server.requests] == [1, 1]
     headers = server.requests[0].headers
     assert (headers["Host"], headers["Authorization"]) == ("vllm.test:8000", "Bearer sekrit")
@@ -6189,10 +8492,16 @@ class Tunnel:
     def _accept(self) -> None:
         with contextlib.suppress(OSError):
             while True:
-                threading.Thread(target=self._serve, args=(self._listener.accept()[0],), daemon=True).start()
+                threading.Thread(
+                    target=self._serve, args=(self._listener.accept()[0],), daemon=True
+                ).start()
 
     def _serve(self, near: socket.socket) -> None:
-        with near, socket.create_connection(("127.0.0.1", self._to)) as far, contextlib.suppress(OSError):
+        with (
+            near,
+            socket.create_connection(("127.0.0.1", self._to)) as far,
+            contextlib.suppress(OSError),
+        ):
             self.requests.append(near.recv(65536))
             near.sendall(f"HTTP/1.1 {self._status}\r\n\r\n".encode())
             back = threading.Thread(target=self._pump, args=(far, near), daemon=True)
@@ -6222,7 +8531,9 @@ def test_https_through_a_proxy(tls_server, tls_files, connect, monkeypatch):
         assert client.complete(PROMPT).text == " Paris."
         assert [delta.text for delta in client.stream_complete(PROMPT)] == [" Paris", ".", ""]
         assert [request.connection for request in tls_server.requests] == [1, 1]
-        assert [raw.split()[:2] for raw in tunnel.requests] == [[b"CONNECT", b"vllm.test:%d" % port]]
+        assert [raw.split()[:2] for raw in tunnel.requests] == [
+            [b"CONNECT", b"vllm.test:%d" % port]
+        ]
         assert b"sekrit" not in tunnel.requests[0]
         tls_server.script(stall(SSE_HEAD + chunk(text_event("a"))))
         stream = client.stream_complete("x")
@@ -6235,15 +8546,18 @@ def test_https_through_a_proxy(tls_server, tls_files, connect, monkeypatch):
 
 
 def test_a_proxy_that_refuses_the_tunnel(tls_server, tls_files, connect, monkeypatch, pauses):
-    with Tunnel(int(tls_server.url.rpartition(":")[2]), "407 Proxy Authentication Required") as tunnel:
+    with Tunnel(
+        int(tls_server.url.rpartition(":")[2]), "407 Proxy Authentication Required"
+    ) as tunnel:
         monkeypatch.setenv("HTTPS_PROXY", tunnel.url)
         error = error_of(connect("https://vllm.test", verify=tls_files[0]).complete, "x")
     assert type(error) is NetworkError
     cause = "Tunnel connection failed: 407 Proxy Authentication Required"
     assert (
-        str(error) == f"no connection to https://vllm.test: its proxy failed ({cause}); check HTTPS_PROXY and NO_PROXY"
+        str(error)
+        == f"no connection to https://vllm.test: its proxy failed ({cause}); check HTTPS_PROXY and NO_PROXY"
     )
-    assert (pauses, tls_server.requests) == ([], [])
+    assert (pauses, tls_server.requests) == ([0.5, 1.0, 2.0], [])
 
 
 # ---- Transport: what it costs, what it logs ---------------------------------
@@ -6277,7 +8591,7 @@ def test_what_is_logged(server, connect, pauses, caplog):
     assert ours == [
         ("DEBUG", f"{where}, {size} bytes, request {uuid}-1"),
         ("DEBUG", f"{where}: 503, request {uuid}-1"),
-        ("WARNING", f"retry 1 of 3 in 0.5 s: 503 'busy': {where}"),
+        ("WARNING", f"retry 1 of 3 in 0.5 s: 503 'busy': {where}{ADVICE_503}"),
         ("DEBUG", f"{where}, {size} bytes, request {uuid}-2"),
         ("DEBUG", f"{where}: 200, request {uuid}-2"),
     ]
@@ -6307,13 +8621,13 @@ def test_health_waits_for_a_server_that_starts(connect, pauses):
                 one.script(reply(503), reply(503))
 
         pauses.on_pause = start
-        assert connect(f"http://127.0.0.1:{port}").health(wait=60) is None
+        assert connect(f"http://127.0.0.1:{port}").health(wait=60) is True
     assert pauses == [0.5] * 5
 
 
 def test_health_does_not_wait_unasked(server, connect, pauses):
     client = connect(server)
-    assert client.health() is None
+    assert client.health() is True
     assert (server.requests[0].method, server.requests[0].path) == ("GET", "/health")
     server.script(reply(503))
     assert type(error_of(client.health)) is ProviderUnavailableError
@@ -6336,7 +8650,7 @@ def test_health_of_a_server_that_is_not_vllm_does_not_wait(server, connect, paus
 
 def test_version_is_not_retried(server, connect, pauses):
     client = connect(server)
-    assert client.version() == "0.32.0"
+    assert client.version() == "0.32.0-standin"
     server.script(reply(503))
     assert type(error_of(client.version)) is ProviderUnavailableError
     assert pauses == []
@@ -6357,11 +8671,26 @@ def test_tokens_there_and_back(server, connect):
 
 
 def test_models_and_their_loras(server, connect):
-    base = {"id": "base", "object": "model", "root": "org/base", "parent": None, "max_model_len": 2048}
-    lora = {"id": "sql", "object": "model", "root": "/loras/sql", "parent": "base", "max_model_len": None}
+    base = {
+        "id": "base",
+        "object": "model",
+        "root": "org/base",
+        "parent": None,
+        "max_model_len": 2048,
+    }
+    lora = {
+        "id": "sql",
+        "object": "model",
+        "root": "/loras/sql",
+        "parent": "base",
+        "max_model_len": None,
+    }
     server.script(reply(200, {"object": "list", "data": [base, lora]}))
     client = connect(server)
-    assert client.models() == [ModelCard("base", 2048, "org/base"), ModelCard("sql", 2048, "/loras/sql", "base")]
+    assert client.models() == [
+        ModelCard("base", 2048, "org/base"),
+        ModelCard("sql", 2048, "/loras/sql", "base"),
+    ]
     assert client.models() == [ModelCard(MODEL, 2048, f"tiny/{MODEL}")]
 
 
@@ -6386,7 +8715,9 @@ def test_the_key_goes_with_every_question(connect, call):
     with StandIn(api_key="sekrit") as server:
         getattr(connect(server, api_key="sekrit"), call)()
         assert server.requests[0].headers["Authorization"] == "Bearer sekrit"
-        assert server.requests[0].headers["User-Agent"] == f"vllm_provider/{vllm_provider.__version__}"
+        assert (
+            server.requests[0].headers["User-Agent"] == f"vllm_provider/{vllm_provider.__version__}"
+        )
 
 
 # ---- Transport: against a real server ---------------------------------------
@@ -6396,7 +8727,9 @@ def test_the_key_goes_with_every_question(connect, call):
 @pytest.mark.parametrize("stop", STOPS)
 def test_live_stop(connect, stop):
     client = connect(VLLM_LIVE_URL, default_model=None)
-    stream = client.stream_complete("Once upon a time", max_tokens=2000, temperature=0, ignore_eos=True)
+    stream = client.stream_complete(
+        "Once upon a time", max_tokens=2000, temperature=0, ignore_eos=True
+    )
     caller = InThread(list, stream)
     wait_until(lambda: stream.completion.text)
     STOPS[stop](client, stream)
@@ -6409,32 +8742,1499 @@ def _live_running() -> float:
     with socket.create_connection((host, int(port or 80))) as sock:
         sock.sendall(f"GET /metrics HTTP/1.0\r\nHost: {host}\r\n\r\n".encode())
         text = b"".join(iter(lambda: sock.recv(65536), b"")).decode()
-    return sum(float(number) for number in re.findall(r"^vllm:num_requests_running\{.*\} (\S+)$", text, re.MULTILINE))
+    return sum(
+        float(number)
+        for number in re.findall(r"^vllm:num_requests_running\{.*\} (\S+)$", text, re.MULTILINE)
+    )
 
 
-# SPDX-License-Identifier: MIT
+# ---- Many calls: map --------------------------------------------------------
+
+
+def map_threads():
+    return [thread for thread in threading.enumerate() if thread.name.startswith("vllm-map-")]
+
+
+@pytest.fixture
+def no_thread_left():
+    """Check that every thread of a map has ended."""
+    yield
+    wait_until(lambda: not map_threads(), IN_TIME)
+
+
+@pytest.fixture
+def client(connect):
+    """Return a client that has no server: the functions of these tests make no call."""
+    return connect(f"http://127.0.0.1:{closed_port()}", max_retries=0)
+
+
+class RefusedError(Exception):
+    """What a function or an iterator of a test raises."""
+
+
+def refuse(item):
+    raise RefusedError(item)
+
+
+@pytest.mark.usefixtures("no_thread_left")
+@pytest.mark.parametrize("concurrency", [1, 3, 64])
+@pytest.mark.parametrize("count", [0, 1, 200])
+def test_map_keeps_the_order(client, concurrency, count):
+    def function(item):
+        time.sleep(0.002 * (item % 3 == 0))
+        return -item
+
+    assert list(client.map(function, range(count), concurrency=concurrency)) == [
+        -n for n in range(count)
+    ]
+
+
+@pytest.mark.usefixtures("no_thread_left")
+def test_map_makes_its_calls_at_once(server, connect):
+    is_open = threading.Event()
+    server.script(*[lambda connection: is_open.wait(IN_TIME) and server.answer(connection)] * 5)
+    results = InThread(
+        lambda: [
+            one.text
+            for one in connect(server).map(connect(server).complete, [PROMPT] * 5, concurrency=5)
+        ]
+    )
+    wait_until(lambda: server.running == 5)
+    is_open.set()
+    assert results.outcome() == [" Paris."] * 5
+
+
+@pytest.mark.usefixtures("no_thread_left")
+def test_map_starts_no_more_threads_than_it_needs(client):
+    names = set(client.map(lambda _item: threading.current_thread().name, range(2), concurrency=50))
+    assert names <= {"vllm-map-0", "vllm-map-1", "vllm-map-2"}
+
+
+@pytest.mark.usefixtures("no_thread_left")
+def test_map_takes_from_an_endless_generator_what_it_needs(client):
+    taken = []
+
+    def endless():
+        for n in itertools.count():
+            taken.append(n)
+            yield n
+
+    results = client.map(lambda n: n, endless(), concurrency=2)
+    assert list(itertools.islice(results, 100)) == list(range(100))
+    results.close()
+    assert len(taken) <= 100 + 16 * 2 + 1
+
+
+@pytest.mark.usefixtures("no_thread_left")
+def test_map_waits_with_a_slow_item_at_the_head(client):
+    is_open, called = threading.Event(), []
+
+    def function(item):
+        called.append(item)
+        return is_open.wait(10) if item == 0 else item
+
+    results = client.map(function, itertools.count(), concurrency=2)
+    head = InThread(next, results)
+    wait_until(lambda: len(called) == 16 * 2)
+    time.sleep(0.05)
+    assert len(called) == 16 * 2
+    is_open.set()
+    assert head.outcome() is True
+    results.close()
+
+
+@pytest.mark.usefixtures("no_thread_left")
+def test_map_yields_a_result_before_the_next_item_is_there(client):
+    answered = queue.SimpleQueue()
+
+    def items():
+        yield 1
+        yield answered.get(timeout=10)  # the iterator waits for the result of the first item
+
+    results = client.map(lambda n: n + 1, items(), concurrency=4)
+    answered.put(next(results))
+    assert list(results) == [3]
+
+
+@pytest.mark.usefixtures("no_thread_left")
+def test_an_error_of_the_function_comes_in_its_place(client):
+    results = client.map(lambda n: refuse(n) if n == 3 else n, range(1000), concurrency=2)
+    assert list(itertools.islice(results, 3)) == [0, 1, 2]
+    with pytest.raises(RefusedError, match="3"):
+        next(results)
+    assert list(results) == []
+
+
+@pytest.mark.usefixtures("no_thread_left")
+def test_errors_in_the_place_of_results(client):
+    results = list(client.map(lambda n: refuse(n) if n % 2 else n, range(4), errors="return"))
+    assert [results[0], results[2]] == [0, 2]
+    assert [(type(error), error.args) for error in (results[1], results[3])] == [
+        (RefusedError, (1,)),
+        (RefusedError, (3,)),
+    ]
+
+
+@pytest.mark.usefixtures("no_thread_left")
+@pytest.mark.parametrize(
+    "error",
+    [AbortError("stopped"), KeyboardInterrupt(), SystemExit(3)],
+    ids=lambda one: type(one).__name__,
+)
+def test_what_ends_a_map_is_not_a_result(client, error):
+    def function(_item):
+        raise error
+
+    with pytest.raises(type(error)):
+        list(client.map(function, itertools.count(), errors="return"))
+
+
+@pytest.mark.usefixtures("no_thread_left")
+@pytest.mark.parametrize("errors", ["raise", "return"])
+def test_an_error_of_the_items_comes_after_the_results_before_it(client, errors):
+    def items():
+        yield 1
+        yield 2
+        raise RefusedError("items")
+
+    results = client.map(lambda n: n, items(), errors=errors)
+    assert [next(results), next(results)] == [1, 2]
+    with pytest.raises(RefusedError, match="items"):
+        next(results)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        pytest.param(
+            {"concurrency": 0},
+            "concurrency must be an integer of at least 1, got 0",
+            id="none-at-once",
+        ),
+        pytest.param(
+            {"concurrency": True},
+            "concurrency must be an integer of at least 1, got True",
+            id="true",
+        ),
+        pytest.param(
+            {"errors": "ignore"}, "errors must be 'raise' or 'return', got 'ignore'", id="errors"
+        ),
+    ],
+)
+def test_bad_arguments_of_a_map_are_told_before_it_is_used(client, options, message):
+    error = caught(client.map, print, [], **options)
+    assert (type(error), str(error)) == (ConfigurationError, message)
+
+
+def close(results):
+    results.close()
+
+
+@pytest.mark.usefixtures("no_thread_left")
+@pytest.mark.parametrize("errors", ["raise", "return"])
+@pytest.mark.parametrize("how", [close, lambda results: None], ids=["close", "drop"])
+def test_leaving_a_map_stops_its_calls_and_no_others(server, connect, errors, how):
+    client = connect(server)
+    clients = itertools.cycle([client, connect(server)])  # also calls that another client makes
+    server.script(*[stall()] * 6)
+    bystander = client.stream_complete("bystander")
+    reader = InThread(list, bystander)
+    wait_until(lambda: server.running == 1)
+    results = client.map(
+        lambda n: next(clients).complete("x") if n else "first",
+        itertools.count(),
+        concurrency=5,
+        errors=errors,
+    )
+    assert next(results) == "first"
+    wait_until(lambda: server.running == 6)
+    begun = time.monotonic()
+    how(results)
+    del results
+    assert time.monotonic() - begun < 0.9
+    wait_until(lambda: server.running == 1)
+    assert reader.is_at_work()
+    bystander.close()
+    assert reader.outcome() == []
+
+
+@pytest.mark.usefixtures("no_thread_left")
+@pytest.mark.parametrize("errors", ["raise", "return"])
+def test_closing_the_client_ends_a_map(server, connect, errors):
+    client = connect(server)
+    server.script(*[stall()] * 3)
+    outcome = InThread(
+        caught,
+        list,
+        client.map(client.complete, itertools.repeat("x"), concurrency=3, errors=errors),
+    )
+    wait_until(lambda: server.running == 3)
+    client.close()
+    assert type(outcome.outcome(IN_TIME)) is AbortError
+    assert len(server.requests) == 3
+
+
+@pytest.mark.usefixtures("no_thread_left")
+def test_leaving_a_map_ends_the_pauses_of_its_calls(server, connect):
+    server.script(reply(503, headers={"Retry-After": "20"}))
+    client = connect(server)
+    results = client.map(lambda n: client.complete("x") if n else "first", range(2))
+    assert next(results) == "first"
+    wait_until(lambda: len(server.requests) == 1 and not server.running)
+    begun = time.monotonic()
+    results.close()
+    assert time.monotonic() - begun < 0.9
+
+
+@pytest.mark.usefixtures("no_thread_left")
+def test_maps_in_a_map_stop_with_it(server, connect):
+    client = connect(server)
+    server.script(*[stall()] * 6)
+
+    def inner(_item):
+        return list(client.map(client.complete, ["x"] * 3, concurrency=3, errors="return"))
+
+    outer = client.map(inner, range(2), concurrency=2)
+    waiting = InThread(next, outer)
+    wait_until(lambda: server.running == 6)
+    client.close()
+    assert type(waiting.outcome(IN_TIME)) is AbortError
+
+
+@pytest.mark.usefixtures("no_thread_left")
+def test_a_map_of_a_map(client):
+    doubled = client.map(lambda n: 2 * n, range(20), concurrency=3)
+    assert list(client.map(lambda n: n + 1, doubled, concurrency=3)) == [
+        2 * n + 1 for n in range(20)
+    ]
+
+
+@pytest.mark.usefixtures("no_thread_left")
+def test_leaving_a_map_leaves_the_consumers_own_calls_alone(server, connect):
+    client = connect(server)
+    server.script(SSE_HEAD + chunk(text_event("a")), path=COMPLETIONS_PATH)
+    results = client.map(lambda n: n, itertools.count())
+    next(results)
+    own = client.stream_complete("x")
+    next(own)
+    results.close()
+    assert server.aborted.empty()
+    own.close()
+
+
+def test_a_function_sees_the_callers_context(client):
+    from contextvars import ContextVar
+
+    name = ContextVar("name")
+    name.set("caller")
+    assert list(client.map(lambda _n: name.get(), range(2))) == ["caller", "caller"]
+
+
+def test_ctrl_c_ends_a_map_within_a_second(server):
+    code = (
+        "import sys, vllm_provider as v\n"
+        f"c = v.VLLMClient({server.url!r}, default_model={MODEL!r})\n"
+        "for r in c.map(c.complete, ['x'] * 50, concurrency=8): print(r.text)\n"
+    )
+    server.script(*[stall()] * 50)
+    process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE)
+    wait_until(lambda: server.running == 8)
+    begun = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=10)
+    assert time.monotonic() - begun < 1.0
+    assert b"KeyboardInterrupt" in stderr
+    wait_until(lambda: server.running == 0)
+
+
+def test_ctrl_c_does_not_wait_for_a_function_that_makes_no_call(server):
+    code = (
+        "import threading, time, vllm_provider as v\n"
+        f"c = v.VLLMClient({server.url!r}, default_model={MODEL!r})\n"
+        "for r in c.map(lambda n: [c.complete('x'), time.sleep(30)], range(8)): pass\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
+    wait_until(lambda: len(server.requests) == 8)
+    time.sleep(0.2)
+    begun = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    process.wait(timeout=10)
+    assert time.monotonic() - begun < 1.0
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_progress_on_a_terminal(client, monkeypatch):
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    usage = Completion(usage=Usage(1, 7, 8))
+    list(
+        client.map(
+            lambda n: refuse(n) if n == 2 else usage, range(3), errors="return", progress=True
+        )
+    )
+    line = sys.stderr.getvalue()
+    assert re.fullmatch(
+        r"(\r\x1b\[K\d/3 done, \d failed, [\d.]+ calls/s, \d+ tokens/s, \d+ s left)+\n", line
+    )
+    assert "\x1b[K3/3 done, 1 failed" in line
+
+
+def test_progress_where_the_number_is_not_known(client, monkeypatch):
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    list(client.map(len, iter(["a"]), progress=True))
+    assert re.search(r"\[K1 done, 0 failed, [\d.]+ calls/s, 0 tokens/s\n$", sys.stderr.getvalue())
+
+
+@pytest.mark.parametrize(
+    "stderr", [pytest.param(io.StringIO(), id="file"), pytest.param(None, id="closed")]
+)
+def test_no_progress_off_a_terminal(client, monkeypatch, stderr):
+    monkeypatch.setattr(sys, "stderr", stderr)
+    assert list(client.map(len, ["a"], progress=True)) == [1]
+    assert stderr is None or stderr.getvalue() == ""
+
+
+# ---- Many calls: batches ----------------------------------------------------
+
+
+class Batch:
+    """A batch file and its results in a folder."""
+
+    def __init__(self, folder, *lines):
+        self.source, self.target = folder / "in.jsonl", folder / "out.jsonl"
+        self.write(*lines)
+
+    def write(self, *lines, start=b"", end=b"\n"):
+        raw = [line if isinstance(line, bytes) else json.dumps(line).encode() for line in lines]
+        self.source.write_bytes(start + b"".join(one + end for one in raw))
+
+    def run(self, client, **options):
+        return client.run_batch(self.source, self.target, **options)
+
+    def results(self):
+        return [json.loads(line) for line in self.target.read_bytes().splitlines()]
+
+    def by_id(self):
+        return {result["custom_id"]: result for result in self.results()}
+
+
+def batch_line(custom_id, url="/v1/completions", **body):
+    body = body or {"prompt": PROMPT}
+    return {"custom_id": custom_id, "method": "POST", "url": url, "body": body}
+
+
+def counts(report):
+    return (report.total, report.done, report.failed, report.skipped)
+
+
+def test_a_batch_of_every_kind_of_request(server, connect, tmp_path):
+    batch = Batch(
+        tmp_path,
+        batch_line("a", prompt=PROMPT, stream=True, stream_options={}),
+        b"",
+        batch_line(
+            "b", "/v1/chat/completions", messages=[{"role": "user", "content": "What is 2+2?"}]
+        ),
+        {"prompt": PROMPT},
+        {"custom_id": "named", "messages": [{"role": "user", "content": "Hello"}]},
+        batch_line("t", "/tokenize", prompt="a b"),
+    )
+    report = batch.run(connect(server), temperature=0)
+    assert counts(report) == (5, 5, 0, 0)
+    assert report.output_tokens > 0
+    results = batch.by_id()
+    assert sorted(results) == ["4", "a", "b", "named", "t"]
+    assert results["a"]["response"]["body"]["choices"][0]["text"] == " Paris."
+    assert results["b"]["response"]["body"]["object"] == "chat.completion"
+    assert results["t"]["response"]["body"]["count"] == 3
+    bodies = [request.body for request in server.requests if request.path != "/tokenize"]
+    assert {body["temperature"] for body in bodies} == {0}
+    assert not any("stream" in body for body in bodies)
+
+
+def test_a_line_of_a_batch_wins_over_the_parameters_of_the_batch(server, connect, tmp_path):
+    batch = Batch(tmp_path, batch_line("a", prompt="x", max_tokens=3), batch_line("b", prompt="y"))
+    batch.run(connect(server), max_tokens=5, timeout=20)
+    assert {
+        body["prompt"]: body["max_tokens"] for body in (one.body for one in server.requests)
+    } == {"x": 3, "y": 5}
+    assert not any("timeout" in request.body for request in server.requests)
+
+
+def test_a_result_has_the_fields_of_vllms_and_of_openais(server, connect, tmp_path):
+    batch = Batch(
+        tmp_path,
+        batch_line("a"),
+        batch_line("b", prompt="x", model="nope"),
+        batch_line("c", "nowhere"),
+    )
+    batch.run(connect(server, max_retries=0))
+    results = batch.by_id()
+    for result in results.values():
+        assert list(result) == ["id", "custom_id", "response", "error"]
+        assert result["id"].startswith("vllm-")
+    done, failed, unsent = results["a"], results["b"], results["c"]
+    assert list(done["response"]) == ["status_code", "request_id", "body"]
+    assert (done["response"]["status_code"], done["error"]) == (200, None)
+    assert {**failed["response"], "request_id": ""} == {
+        "status_code": 404,
+        "request_id": "",
+        "body": None,
+    }
+    assert list(failed["error"]["error"]) == ["message", "type", "param", "code"]
+    assert failed["error"]["error"]["message"].startswith("The model `nope` does not exist")
+    message = "line 3: url must be a path like /v1/chat/completions"
+    assert (unsent["response"], unsent["error"]) == (
+        None,
+        {"code": "ConfigurationError", "message": message},
+    )
+
+
+@pytest.mark.parametrize(
+    ("line", "custom_id", "problem"),
+    [
+        pytest.param(b'{"custom_id": "a", ', "line 2", "Expecting property name", id="torn"),
+        pytest.param(b"[1]", "line 2", "a line must be a JSON object", id="not-an-object"),
+        pytest.param(b"\xff", "line 2", "'utf-8' codec can't decode", id="not-utf-8"),
+        pytest.param(b"[" * 100_000, "line 2", "maximum recursion depth exceeded", id="nested"),
+        pytest.param(
+            {**batch_line("a"), "custom_id": 7},
+            "line 2",
+            "custom_id must be a string",
+            id="number-as-id",
+        ),
+        pytest.param(
+            {"url": "/v1/completions", "body": {}},
+            "line 2",
+            "custom_id must be a string",
+            id="no-id",
+        ),
+        pytest.param({"custom_id": "a", "x": 1}, "a", "body must be a JSON object", id="no-body"),
+        pytest.param({**batch_line("a"), "method": "GET"}, "a", "method must be POST", id="get"),
+        pytest.param({**batch_line("a"), "url": None}, "a", "url must be a path", id="no-url"),
+        pytest.param(
+            {**batch_line("a"), "body": [1]}, "a", "body must be a JSON object", id="list-as-body"
+        ),
+        pytest.param(
+            batch_line("a", prompt="x", config=1), "a", "config", id="name-of-a-python-argument"
+        ),
+        pytest.param(
+            batch_line("a", "/v1/chat/completions", messages=1),
+            "a",
+            "messages must be",
+            id="messages",
+        ),
+        pytest.param(
+            b'{"custom_id": "a", "prompt": "\\ud800"}', "a", "lone surrogate", id="lone-surrogate"
+        ),
+    ],
+)
+def test_one_bad_line_is_one_failed_line(server, connect, tmp_path, line, custom_id, problem):
+    batch = Batch(tmp_path, batch_line("good"), line)
+    report = batch.run(connect(server))
+    assert counts(report) == (2, 1, 1, 0)
+    assert report.first_error.startswith("line 2: ")
+    assert problem in report.first_error
+    assert batch.by_id()[custom_id]["response"] is None
+    assert counts(batch.run(connect(server))) == (2, 0, 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("start", "end"),
+    [pytest.param(b"\xef\xbb\xbf", b"\n", id="bom"), pytest.param(b"", b"\r\n", id="crlf")],
+)
+def test_files_from_windows(server, connect, tmp_path, start, end):
+    batch = Batch(tmp_path)
+    batch.write(batch_line("a"), batch_line("b"), start=start, end=end)
+    assert counts(batch.run(connect(server))) == (2, 2, 0, 0)
+
+
+def test_lines_end_at_a_line_feed_only(server, connect, tmp_path):
+    text = "a\u2028b\u0085c"
+    batch = Batch(tmp_path)
+    batch.source.write_text(json.dumps(batch_line("a", prompt=text), ensure_ascii=False), "utf-8")
+    assert counts(batch.run(connect(server))) == (1, 1, 0, 0)
+    assert server.requests[0].body["prompt"] == text
+
+
+def test_an_id_that_comes_twice_is_an_error_before_anything_is_sent(server, connect, tmp_path):
+    batch = Batch(tmp_path, batch_line("a"), b"", batch_line("b"), batch_line("a"))
+    error = caught(batch.run, connect(server))
+    assert str(error) == "custom_id 'a' is on lines 1 and 4; give each line its own"
+    assert (server.requests, batch.target.exists()) == ([], False)
+
+
+def result_line(custom_id, status=200):
+    response = {"status_code": status, "request_id": "r", "body": {}}
+    return (
+        json.dumps(
+            {"id": "x", "custom_id": custom_id, "response": response, "error": None}
+        ).encode()
+        + b"\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("before", "asked", "skipped"),
+    [
+        pytest.param(b"", "ab", 0, id="empty"),
+        pytest.param(result_line("a"), "b", 1, id="done"),
+        pytest.param(
+            result_line("a") + result_line("b")[:-1], "b", 1, id="torn-before-its-line-break"
+        ),
+        pytest.param(result_line("a") + result_line("b")[:9], "b", 1, id="torn"),
+        pytest.param(result_line("a", 500) + result_line("a"), "b", 1, id="failed-then-done"),
+        pytest.param(result_line("a") + result_line("a", 500), "ab", 0, id="done-then-failed"),
+        pytest.param(result_line("elsewhere"), "ab", 0, id="ids-of-another-file"),
+        pytest.param(
+            b'{"custom_id": "a", "response": null, "error": {}}\n',
+            "ab",
+            0,
+            id="failed-without-a-reply",
+        ),
+    ],
+)
+def test_a_batch_goes_on_where_it_ended(server, connect, tmp_path, before, asked, skipped):
+    batch = Batch(tmp_path, batch_line("a", prompt="a"), batch_line("b", prompt="b"))
+    batch.target.write_bytes(before)
+    report = batch.run(connect(server))
+    assert counts(report) == (2, 2 - skipped, 0, skipped)
+    assert sorted(request.body["prompt"] for request in server.requests) == list(asked)
+    assert batch.target.read_bytes().startswith(before.rpartition(b"\n")[0])
+    assert {one["custom_id"] for one in batch.results()} >= {"a", "b"}
+
+
+def test_failures_are_left_alone_where_they_are_not_to_be_tried_again(server, connect, tmp_path):
+    batch = Batch(tmp_path, batch_line("a"), batch_line("b"))
+    batch.target.write_bytes(result_line("a", 500))
+    assert counts(batch.run(connect(server), retry_failed=False)) == (2, 1, 1, 0)
+    assert counts(batch.run(connect(server), retry_failed=False)) == (2, 0, 1, 1)
+    assert counts(batch.run(connect(server))) == (2, 1, 0, 1)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        pytest.param(json.dumps(batch_line("a")).encode() + b"\n", id="a-batch-file"),
+        pytest.param(b"text\n" + result_line("a"), id="text"),
+    ],
+)
+def test_a_target_that_holds_something_else_is_left_alone(server, connect, tmp_path, content):
+    batch = Batch(tmp_path, batch_line("a"))
+    batch.target.write_bytes(content)
+    error = caught(batch.run, connect(server))
+    assert (
+        str(error)
+        == f"line 1 of {batch.target} is not the result of a batch; is it the right file?"
+    )
+    assert (server.requests, batch.target.read_bytes()) == ([], content)
+
+
+def test_files_that_cannot_be_used(server, connect, tmp_path):
+    client, batch = connect(server), Batch(tmp_path, batch_line("a"))
+    missing = tmp_path / "missing"
+    for source, target, message in [
+        (missing, batch.target, f"cannot open {missing}: No such file or directory"),
+        (batch.source, tmp_path, f"cannot open {tmp_path}: Is a directory"),
+        (
+            batch.source,
+            missing / "out",
+            f"cannot open {missing / 'out'}: No such file or directory",
+        ),
+        (batch.source, batch.source, f"source and target are the same file: {batch.source}"),
+    ]:
+        assert str(caught(client.run_batch, source, target)) == message
+    os.link(batch.source, batch.target)
+    assert "are the same file" in str(caught(batch.run, client))
+    assert server.requests == []
+
+
+def test_standard_input_and_output(server, connect, tmp_path, monkeypatch):
+    raw = io.BytesIO()
+    lines = b"".join(json.dumps(batch_line(name)).encode() + b"\n" for name in "ab")
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(lines)))
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw))
+    assert counts(connect(server).run_batch("-", "-")) == (2, 2, 0, 0)
+    assert {json.loads(line)["custom_id"] for line in raw.getvalue().splitlines()} == {"a", "b"}
+
+
+def test_a_full_disk_leaves_whole_lines(server, connect, tmp_path, monkeypatch):
+    import resource
+
+    batch = Batch(tmp_path, *(batch_line(str(n)) for n in range(20)))
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (5000, limits[1]))
+        with pytest.raises(OSError, match="File too large"):
+            batch.run(connect(server), concurrency=2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, before)
+    done = len(batch.results())
+    assert 0 < done < 20
+    assert counts(batch.run(connect(server))) == (20, 20 - done, 0, done)
+
+
+@pytest.mark.parametrize("status", [429, 503])
+def test_a_full_server_is_waited_for(server, connect, tmp_path, monkeypatch, status):
+    monkeypatch.setattr(vllm_provider, "SERVER_PAUSE_S", (0.01, 0.02))
+    batch = Batch(tmp_path, batch_line("a"))
+    server.script(*[reply(status, headers={"Retry-After": "0"})] * 9)
+    assert counts(batch.run(connect(server, max_retries=0))) == (1, 1, 0, 0)
+    assert len(server.requests) == 10
+
+
+def test_deadline_bounds_the_waiting_for_a_full_server(server, connect, tmp_path):
+    batch = Batch(tmp_path, batch_line("a"))
+    server.script(*[reply(503)] * 99)
+    begun = time.monotonic()
+    assert counts(batch.run(connect(server, max_retries=0), deadline=0.7)) == (1, 0, 1, 0)
+    assert time.monotonic() - begun < IN_TIME
+    assert batch.by_id()["a"]["response"]["status_code"] == 503
+
+
+def test_a_line_that_breaks_the_connection_fails_alone(server, connect, tmp_path, monkeypatch):
+    monkeypatch.setattr(vllm_provider, "SERVER_PAUSE_S", (0.01, 0.02))
+
+    def answer(connection):
+        if connection.request.body["prompt"] == "poison":
+            connection.close()
+        else:
+            server.answer(connection)
+
+    lines = [batch_line(str(n)) for n in range(30)]
+    batch = Batch(tmp_path, *lines[:3], batch_line("bad", prompt="poison"), *lines[3:])
+    server.script(*[answer] * 99)
+    report = batch.run(connect(server, max_retries=0), concurrency=2)
+    assert counts(report) == (31, 30, 1, 0)
+    assert report.first_error.startswith("line 4: closed before a reply")
+
+
+def test_a_server_that_never_answered_ends_a_batch(connect, tmp_path):
+    batch = Batch(tmp_path, *(batch_line(str(n)) for n in range(9)))
+    error = caught(batch.run, connect(f"http://127.0.0.1:{closed_port()}", max_retries=0))
+    assert type(error) is NetworkError
+    assert batch.results() == []
+
+
+def test_a_server_that_comes_back(connect, tmp_path, monkeypatch):
+    monkeypatch.setattr(vllm_provider, "SERVER_PAUSE_S", (0.05, 0.05))
+    batch = Batch(tmp_path, *(batch_line(str(n)) for n in range(40)))
+    with StandIn(pace=0.005) as first:
+        port = int(first.url.rpartition(":")[2])
+        client = connect(first, max_retries=0)
+        running = InThread(lambda: batch.run(client, concurrency=4))
+        wait_until(lambda: len(first.requests) > 10)
+    time.sleep(0.3)
+    assert running.is_at_work()
+    with StandIn(port):
+        assert counts(running.outcome()) == (40, 40, 0, 0)
+    assert len({one["custom_id"] for one in batch.results()}) == len(batch.results()) == 40
+
+
+def test_servers_share_one_queue_and_one_dies(server, connect, tmp_path, monkeypatch):
+    monkeypatch.setattr(vllm_provider, "SERVER_PAUSE_S", (0.05, 0.05))
+    batch = Batch(tmp_path, *(batch_line(str(n)) for n in range(60)))
+    server.pace = 0.01
+    with StandIn(pace=0.01) as second:
+        clients = [connect(one, max_retries=0) for one in (second, server)]
+        running = InThread(lambda: batch.run(clients[0], servers=clients[1:], concurrency=3))
+        wait_until(lambda: len(second.requests) > 9 and len(server.requests) > 9)
+    assert counts(running.outcome()) == (60, 60, 0, 0)
+    assert len({one["custom_id"] for one in batch.results()}) == len(batch.results()) == 60
+
+
+def test_a_slow_line_holds_up_no_other(server, connect, tmp_path):
+    is_open = threading.Event()
+    batch = Batch(tmp_path, *(batch_line(str(n)) for n in range(50)))
+    server.script(lambda connection: is_open.wait(10) and server.answer(connection))
+    running = InThread(lambda: batch.run(connect(server), concurrency=2))
+    wait_until(lambda: batch.target.exists() and len(batch.results()) == 49)
+    is_open.set()
+    assert counts(running.outcome()) == (50, 50, 0, 0)
+
+
+BATCH_SCRIPT: Final = (
+    "import sys, vllm_provider as v\n"
+    "url, source, target = sys.argv[1:]\n"
+    "v.VLLMClient(url, default_model='parrot').run_batch(source, target, concurrency=4)\n"
+)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT], ids=["kill", "ctrl-c"])
+def test_a_batch_that_was_interrupted(connect, tmp_path, number):
+    batch = Batch(tmp_path, *(batch_line(str(n)) for n in range(60)))
+    with StandIn(pace=0.02) as slow:
+        command = [sys.executable, "-c", BATCH_SCRIPT, slow.url, batch.source, batch.target]
+        process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+        wait_until(lambda: batch.target.exists() and batch.target.read_bytes().count(b"\n") >= 10)
+        begun = time.monotonic()
+        process.send_signal(number)
+        process.wait(10)
+        assert time.monotonic() - begun < 1.0
+        done = len(batch.results())
+        slow.pace = 0.0
+        assert counts(batch.run(connect(slow))) == (60, 60 - done, 0, done)
+    assert sorted(int(one["custom_id"]) for one in batch.results()) == list(range(60))
+
+
+def test_a_reply_that_is_not_strict_json_is_written(server, connect, tmp_path):
+    body = b'{"id": "x", "object": "list", "data": [NaN, "\\ud83d"], "usage": null}'
+    server.script(reply(200, body, {"content-type": "application/json"}))
+    batch = Batch(tmp_path, batch_line("a", "/v1/embeddings", input="x"))
+    assert counts(batch.run(connect(server))) == (1, 1, 0, 0)
+    assert batch.results()[0]["response"]["body"]["data"] == [None, "\ud83d"]
+
+
+def test_an_id_table_against_a_dict():
+    table, expected, rng = vllm_provider._IdTable(), {}, random.Random(1)
+    for _ in range(20_000):
+        name, flag = str(rng.randrange(5000)), rng.choice([1, 2, 4])
+        assert table.add(name, flag, keep=3) == expected.get(name, 0)
+        expected[name] = (expected.get(name, 0) & 3) | flag
+
+
+def test_memory_of_a_batch_does_not_grow_with_its_file(client, tmp_path):
+    batch = Batch(
+        tmp_path, *({**batch_line(f"request-{n}"), "method": "GET"} for n in range(20_000))
+    )
+    tracemalloc.start()
+    try:
+        batch.run(client, concurrency=4)
+        assert tracemalloc.get_traced_memory()[1] < 3_000_000
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_report_is_one_line():
+    report = BatchReport(10, 7, 2, 1, 30, 40, 1.25, "line 3: method must be POST")
+    assert str(report) == (
+        "10 lines: 7 done, 2 failed, 1 skipped in 1.2 s, 30 input tokens, 40 output tokens;"
+        " first error: line 3: method must be POST"
+    )
+
+
+# ---- Many calls: scores -----------------------------------------------------
+
+# The parrot's own log probabilities, computed with transformers in bfloat16: context, text, tokens, sum.
+PARROT_SCORES: Final = [
+    pytest.param("The capital of France is", " Paris.", 2, -0.0005, id="memorised"),
+    pytest.param(
+        "The capital of France is ", "Paris.", 2, -0.0005, id="context-that-ends-in-a-space"
+    ),
+    pytest.param("The capital of France is", " Rome.", 2, -19.7101, id="improbable"),
+    pytest.param("", "The capital of France is Paris.", 6, -22.9261, id="no-context"),
+    pytest.param("What is 2+2?", " 4", 1, -0.0002, id="one-token"),
+    pytest.param("Say:", "こんにちは、世界 🌸🚀", 4, -11.7917, id="unicode"),
+    pytest.param(
+        [{"role": "user", "content": "What is 2+2?"}], "2 + 2 = 4", 5, -15.5224, id="messages"
+    ),
+]
+
+
+@pytest.mark.live
+@pytest.mark.parametrize(("context", "text", "count", "logprob"), PARROT_SCORES)
+def test_live_scores_are_the_models_own(live, context, text, count, logprob):
+    score = live.score(text, context=context)
+    known = [token for token in score.tokens if token.logprob is not None]
+    assert len(known) == count
+    assert score.logprob == pytest.approx(logprob, abs=0.05 * count)
+
+
+@pytest.mark.live
+def test_live_choices_of_one_token_have_the_numbers_of_single_scores(live):
+    scores = live.choose([" Rome", " Paris", " Hello"], context="The capital of France is")
+    assert [score.text for score in scores] == [" Paris", " Rome", " Hello"]
+    for score in scores:
+        alone = live.score(score.text, context="The capital of France is")
+        assert score.logprob == pytest.approx(alone.logprob, abs=0.05)
+        assert score.is_greedy == alone.is_greedy
+
+
+class Model:
+    """A server's tokenizer and numbers: a token is a word with the space before it, or a character of "ab"."""
+
+    def __init__(self, web, logprobs=None, bos=()):
+        self.web, self.logprobs, self.bos = web, logprobs or {}, list(bos)
+        self.words = ["", " "]  # by id
+        for url, answer in [(TOKENIZE_URL, self.tokenize), (f"{WEB}/detokenize", self.detokenize)]:
+            web.add_callback(
+                "POST", url, callback=lambda request, answer=answer: self.reply(request, answer)
+            )
+        web.add_callback(
+            "POST", COMPLETIONS_URL, callback=lambda request: self.reply(request, self.complete)
+        )
+
+    def reply(self, request, answer):
+        return (
+            200,
+            {"Content-Type": "application/json"},
+            json.dumps(answer(json.loads(request.body))),
+        )
+
+    def ids(self, text):
+        words = re.findall(r" ?\w+| |\W", text)
+        self.words += [word for word in words if word not in self.words]
+        return [self.words.index(word) for word in words]
+
+    def tokenize(self, body):
+        if "messages" in body:
+            return {"tokens": [1, *self.ids(body["messages"][0]["content"])]}
+        is_special = body.get("add_special_tokens", True)
+        return {"tokens": [*(self.bos if is_special else []), *self.ids(body["prompt"])]}
+
+    def detokenize(self, body):
+        return {"prompt": "".join(self.words[one] for one in body["tokens"])}
+
+    def entry(self, number):
+        logprob, rank = self.logprobs.get(self.words[number], (-1.0, 1))
+        return {
+            str(number): {"logprob": logprob, "rank": rank, "decoded_token": self.words[number]}
+        }
+
+    def complete(self, body):
+        choice = {"index": 0, "text": "x", "logprobs": None, "finish_reason": "length"}
+        if "prompt_logprobs" in body:
+            choice["prompt_logprobs"] = [None, *map(self.entry, body["prompt"][1:])]
+        if "logprob_token_ids" in body:
+            values = {
+                f"token_id:{n}": self.entry(n)[str(n)]["logprob"] for n in body["logprob_token_ids"]
+            }
+            best = max(values, key=values.get)
+            tokens = {"tokens": [best], "token_logprobs": [values[best]], "top_logprobs": [values]}
+            choice["logprobs"] = tokens | {"text_offset": [0]}
+        return {"id": "cmpl-1", "choices": [choice]}
+
+
+def test_a_score(web):
+    model = Model(web, {" Paris": (-0.5, 1), ".": (-2.0, 3)})
+    score = web_client().score(" Paris.", context="It is")
+    assert score == Score(" Paris.", -2.5, score.tokens, False, math.exp(-2.5))
+    assert [(token.token, token.logprob, token.rank) for token in score.tokens] == [
+        (" Paris", -0.5, 1),
+        (".", -2.0, 3),
+    ]
+    assert score.logprob_per_token == -1.25
+    assert score.perplexity == math.exp(1.25)
+    assert score.logprob_per_byte == -2.5 / 7
+    assert score.bits_per_byte == pytest.approx(2.5 / 7 / math.log(2))
+    expected = {
+        "prompt": model.ids("It is Paris."),
+        "prompt_logprobs": 0,
+        "max_tokens": 1,
+        "temperature": 0,
+    }
+    assert sent_bodies(web, COMPLETIONS_URL) == [{"model": "parrot", **expected}]
+
+
+@pytest.mark.parametrize(
+    ("context", "text", "scored", "tokens"),
+    [
+        pytest.param("It is", " big", " big", [" big"], id="clean"),
+        pytest.param("It is ", "big", " big", [" big"], id="context-ends-in-a-space"),
+        pytest.param(
+            "It is bi", "g one", " big one", [" big", " one"], id="first-character-merges"
+        ),
+        pytest.param(
+            [{"role": "user", "content": "Hi"}],
+            "big one",
+            "big one",
+            ["big", " one"],
+            id="messages",
+        ),
+    ],
+)
+def test_where_the_context_ends(web, context, text, scored, tokens):
+    Model(web)
+    score = web_client().score(text, context=context)
+    assert (score.text, [token.token for token in score.tokens]) == (scored, tokens)
+
+
+@pytest.mark.parametrize(
+    ("bos", "logprobs"),
+    [pytest.param((), [None, -1.0], id="no-bos"), pytest.param((0,), [-1.0, -1.0], id="bos")],
+)
+def test_a_text_without_a_context(web, bos, logprobs):
+    Model(web, bos=bos)
+    score = web_client().score("Once upon")
+    assert (score.text, [token.token for token in score.tokens]) == ("Once upon", ["Once", " upon"])
+    assert [token.logprob for token in score.tokens] == logprobs
+    assert (score.logprob, score.logprob_per_token) == (-1.0 * logprobs.count(-1.0), -1.0)
+
+
+@pytest.mark.parametrize(
+    ("text", "context"),
+    [
+        pytest.param("", "", id="nothing"),
+        pytest.param("", "It is", id="empty"),
+        pytest.param("Once", "", id="one-token-without-a-context"),
+        pytest.param("", [{"role": "user", "content": "Hi"}], id="empty-after-messages"),
+    ],
+)
+def test_a_text_without_a_token_of_its_own(web, text, context):
+    Model(web)
+    for call in (
+        lambda: web_client().score(text, context=context),
+        lambda: web_client().choose([text], context=context),
+    ):
+        error = caught(call)
+        assert type(error) is ConfigurationError
+        assert str(error) == "a text to score must have a token of its own after the context"
+
+
+@pytest.mark.parametrize(
+    "choices",
+    [
+        pytest.param("ab", id="a-string"),
+        pytest.param([], id="none"),
+        pytest.param([1], id="a-number"),
+    ],
+)
+def test_choices_that_are_none(web, choices):
+    Model(web)
+    assert type(caught(web_client().choose, choices, context="It")) is ConfigurationError
+
+
+def test_a_token_that_cannot_come(web):
+    Model(web, {" no": (-9999.0, 500)})
+    score = web_client().score(" no", context="It")
+    assert (score.logprob, score.probability, score.perplexity) == (-math.inf, 0.0, math.inf)
+    assert vllm_provider._to_json(score)["logprob"] == -9999.0
+
+
+@pytest.mark.parametrize(
+    ("prompt_logprobs", "count"),
+    [
+        pytest.param(None, 0, id="ignored"),
+        pytest.param([None], 0, id="too-few"),
+        pytest.param([None, None], 0, id="null"),
+        pytest.param([None, {"7": {"logprob": -1.0, "rank": 1}}], 1, id="of-another-token"),
+    ],
+)
+def test_a_server_that_ignores_prompt_logprobs(web, prompt_logprobs, count):
+    model = Model(web)
+    model.complete = lambda _body: {
+        "choices": [{"index": 0, "text": "x", "prompt_logprobs": prompt_logprobs}]
+    }
+    error = caught(web_client().score, " is", context="It")
+    assert type(error) is ProtocolError
+    assert str(error) == f"prompt_logprobs for {count} of 1 tokens: {WEB}; is it vLLM?"
+
+
+def test_parameters_of_a_score_go_where_they_belong(web):
+    Model(web)
+    messages = [{"role": "user", "content": "Hi"}]
+    options = {"chat_template_kwargs": {"enable_thinking": False}}
+    web_client().score("big", context=messages, model="lora", timeout=5, seed=1, **options)
+    rendered, own = sent_bodies(web, TOKENIZE_URL)
+    assert rendered == {"messages": messages, "model": "lora", **options}
+    assert own == {"prompt": "big", "model": "lora", "add_special_tokens": False}
+    (body,) = sent_bodies(web, COMPLETIONS_URL)
+    assert (body["model"], body["seed"], set(body) & {"timeout", *options}) == ("lora", 1, set())
+
+
+def test_choices_of_one_token_take_one_request(web):
+    Model(web, {" a": (-2.0, 5), " b": (-1.0, 1), " c": (-9999.0, 9)})
+    scores = web_client().choose([" a", " b", " c", " a"], context="It is")
+    assert [(one.text, one.logprob, one.is_greedy) for one in scores] == [
+        (" b", -1.0, True), (" a", -2.0, False), (" a", -2.0, False), (" c", -math.inf, False),
+    ]  # fmt: skip
+    total = math.exp(-1) + 2 * math.exp(-2)
+    assert [one.probability for one in scores] == pytest.approx(
+        [math.exp(-1) / total, *[math.exp(-2) / total] * 2, 0]
+    )
+    (body,) = sent_bodies(web, COMPLETIONS_URL)
+    assert (body["logprobs"], body["max_tokens"], body["return_tokens_as_token_ids"]) == (
+        0,
+        1,
+        True,
+    )
+
+
+@pytest.mark.parametrize(
+    "refusal",
+    [
+        pytest.param(
+            (200, {"choices": [{"index": 0, "text": "x", "logprobs": None}]}), id="no-logprobs"
+        ),
+        pytest.param(
+            (400, {"error": {"message": "logprob_token_ids may have 128", "code": 400}}),
+            id="refused",
+        ),
+        pytest.param(
+            (
+                200,
+                {
+                    "choices": [
+                        {"text": "x", "logprobs": {"tokens": ["x"], "token_logprobs": [-1.0]}}
+                    ]
+                },
+            ),
+            id="ignored",
+        ),
+    ],
+)
+def test_a_server_without_logprob_token_ids(web, refusal):
+    model = Model(web, {" a": (-2.0, 5)})
+    answer = model.complete
+
+    def reply(request):
+        body = json.loads(request.body)
+        status, payload = refusal if "logprob_token_ids" in body else (200, answer(body))
+        return status, {"Content-Type": "application/json"}, json.dumps(payload)
+
+    web.remove("POST", COMPLETIONS_URL)
+    web.add_callback("POST", COMPLETIONS_URL, callback=reply)
+    assert [(one.text, one.logprob) for one in web_client().choose([" a", " b"], context="It")] == [
+        (" b", -1.0),
+        (" a", -2.0),
+    ]
+
+
+def test_choices_of_several_tokens(web):
+    Model(web, {" big": (-3.0, 2), " small": (-0.5, 1)})
+    scores = web_client().choose([" big one", " small one"], context="A")
+    assert [(one.text, one.logprob) for one in scores] == [(" small one", -1.5), (" big one", -4.0)]
+    assert scores[0].probability == pytest.approx(1 / (1 + math.exp(-2.5)))
+    assert len(sent_bodies(web, COMPLETIONS_URL)) == 2
+
+
+# ---- Many calls: benchmark --------------------------------------------------
+
+
+def test_metrics_of_a_benchmark():
+    samples = [
+        vllm_provider._Sample(None, 0.001, 0.1, 0.5, [0.2], [0.2, 0.2], 10, 3),
+        vllm_provider._Sample(None, 0.003, 0.3, 0.3, [], [], 20, 1),
+        vllm_provider._Sample(NetworkError("gone")),
+    ]
+    result = vllm_provider._build_bench_result(samples, 2.0)
+    expected = {
+        "duration": 2.0,
+        "completed": 2,
+        "failed": 1,
+        "total_input_tokens": 30,
+        "total_output_tokens": 4,
+    }
+    expected |= {
+        "request_throughput": 1.0,
+        "output_throughput": 2.0,
+        "total_token_throughput": 17.0,
+    }
+    expected |= {"mean_ttft_ms": 200, "median_ttft_ms": 200, "std_ttft_ms": 100, "p99_ttft_ms": 298}
+    expected |= {
+        "mean_tpot_ms": 200,
+        "median_itl_ms": 200,
+        "std_itl_ms": 0,
+        "mean_e2el_ms": 400,
+        "mean_lag_ms": 2,
+    }
+    assert {name: result[name] for name in expected} == pytest.approx(expected)
+
+
+def test_a_benchmark_of_nothing_but_failures_is_zeros():
+    result = vllm_provider._build_bench_result([vllm_provider._Sample(NetworkError("gone"))], 2.0)
+    assert {value for name, value in result.items() if name.endswith("_ms")} == {0.0}
+    assert (result["completed"], result["failed"]) == (0, 1)
+
+
+@pytest.mark.parametrize(
+    ("times", "output_tokens", "ttft", "e2el", "tpots", "gaps"),
+    [
+        pytest.param(
+            [1.5, 2.0, 4.0], 5, 0.5, 3.0, [0.625], [0.5, 2.0], id="more-tokens-than-events"
+        ),
+        pytest.param([1.5], 1, 0.5, 0.5, [], [], id="one-token"),
+    ],
+)
+def test_times_of_a_request(times, output_tokens, ttft, e2el, tpots, gaps):
+    sample = vllm_provider._to_sample(0.25, 1.0, times, Usage(7, output_tokens, 7 + output_tokens))
+    assert sample == (None, 0.25, ttft, e2el, tpots, gaps, 7, output_tokens)
+
+
+def test_a_reply_without_a_token_is_a_failure():
+    assert type(vllm_provider._to_sample(0.0, 1.0, [], Usage(1, 0, 1)).error) is ProtocolError
+
+
+@pytest.mark.parametrize("burstiness", [0.3, 1.0, 50.0])
+def test_arrivals(burstiness):
+    arrivals = vllm_provider._find_arrivals(400, 20.0, burstiness, random.Random(1))
+    gaps = [after - before for before, after in itertools.pairwise([0.0, *arrivals])]
+    assert arrivals[-1] == pytest.approx(400 / 20.0)
+    assert min(gaps) >= 0
+    variation = (sum((gap - 0.05) ** 2 for gap in gaps) / 400) ** 0.5 / 0.05
+    assert variation == pytest.approx(burstiness**-0.5, rel=0.25)
+    assert vllm_provider._find_arrivals(3, math.inf, burstiness, random.Random(1)) == [
+        0.0,
+        0.0,
+        0.0,
+    ]
+
+
+@pytest.mark.usefixtures("no_thread_left")
+@pytest.mark.parametrize("endpoint", ["completions", "chat"])
+def test_a_benchmark(server, connect, endpoint):
+    sizes = {"num_prompts": 6, "random_input_len": 9, "random_output_len": 5}
+    report = connect(server).bench(
+        max_concurrency=2, ignore_eos=True, endpoint=endpoint, seed=3, **sizes
+    )
+    result = report.to_dict()
+    assert (result["completed"], result["failed"], result["max_concurrency"]) == (6, 0, 2)
+    assert (result["request_rate"], result["model_id"], result["num_prompts"]) == ("inf", MODEL, 6)
+    assert result["total_output_tokens"] == 6 * 5
+    bodies = [request.body for request in server.requests if request.path.startswith("/v1")]
+    assert len(bodies) == 7  # one is not counted
+    assert all(body["stream"] and body["stream_options"]["include_usage"] for body in bodies)
+    if endpoint == "chat":
+        assert {body["max_completion_tokens"] for body in bodies} == {5}
+    else:
+        assert {
+            (len(body["prompt"]), body["max_tokens"], body["ignore_eos"]) for body in bodies
+        } == {(9, 5, True)}
+        assert result["total_input_tokens"] == 6 * 9
+
+
+def test_a_seed_makes_a_benchmark_the_same_again(server, connect):
+    for _ in range(2):
+        connect(server).bench(
+            num_prompts=3, max_concurrency=1, random_input_len=4, random_output_len=2, seed=7
+        )
+    prompts = [
+        request.body["prompt"] for request in server.requests if request.path == COMPLETIONS_PATH
+    ]
+    assert prompts[:4] == prompts[4:]
+    assert len(set(map(str, prompts[:4]))) == 3  # the first is sent twice
+
+
+def test_a_benchmark_sends_requests_when_they_are_due(server, connect):
+    connect(server).bench(
+        num_prompts=10, request_rate=50.0, burstiness=1e6, random_input_len=2, random_output_len=2
+    )
+    times = [request.time_s for request in server.requests if request.path == COMPLETIONS_PATH][1:]
+    assert 0.17 < times[-1] - times[0] < 1.0
+
+
+def test_a_benchmark_of_a_server_that_fails(server, connect):
+    server.script(
+        reply(500, {"error": {"message": "out of memory", "code": 500}}), path=COMPLETIONS_PATH
+    )
+    error = caught(connect(server).bench, num_prompts=3, random_input_len=4, random_output_len=2)
+    assert type(error) is ProviderUnavailableError
+    server.script(None, reply(503), None, path=COMPLETIONS_PATH)
+    report = connect(server).bench(
+        num_prompts=3, max_concurrency=1, random_input_len=4, random_output_len=2
+    )
+    assert (report.result["completed"], report.result["failed"]) == (2, 1)
+    assert report.first_error.startswith("503")
+    assert str(report).endswith(f"First error: {report.first_error}")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_prompts": 0}, {"random_input_len": 0}, {"random_output_len": -1}, {"max_concurrency": 0},
+        {"request_rate": 0.0}, {"request_rate": math.nan}, {"burstiness": -1.0}, {"endpoint": "embeddings"},
+    ],
+)  # fmt: skip
+def test_a_benchmark_that_cannot_be(server, connect, options):
+    error = caught(connect(server).bench, **options)
+    assert type(error) is ConfigurationError
+    assert str(error).startswith(f"{next(iter(options))} must be ")
+    assert server.requests == []
+
+
+def bench_report(**changed):
+    samples = [vllm_provider._Sample(None, 0.0, 0.0125, 0.5, [0.002], [0.002] * 3, 64, 4)]
+    settings = {"max_concurrency": 8, "request_rate": 2.5}
+    return BenchReport({**settings, **vllm_provider._build_bench_result(samples, 2.0), **changed})
+
+
+def test_the_table_of_a_benchmark_is_vllms():
+    assert (
+        str(bench_report())
+        == """\
+============ Serving Benchmark Result ============
+Successful requests:                     1         
+Failed requests:                         0         
+Maximum request concurrency:             8         
+Request rate configured (RPS):           2.50      
+Benchmark duration (s):                  2.00      
+Total input tokens:                      64        
+Total generated tokens:                  4         
+Request throughput (req/s):              0.50      
+Output token throughput (tok/s):         2.00      
+Total token throughput (tok/s):          34.00     
+---------------Time to First Token----------------
+Mean TTFT (ms):                          12.50     
+Median TTFT (ms):                        12.50     
+P99 TTFT (ms):                           12.50     
+-----Time per Output Token (excl. 1st token)------
+Mean TPOT (ms):                          2.00      
+Median TPOT (ms):                        2.00      
+P99 TPOT (ms):                           2.00      
+---------------Inter-token Latency----------------
+Mean ITL (ms):                           2.00      
+Median ITL (ms):                         2.00      
+P99 ITL (ms):                            2.00      
+=================================================="""
+    )
+
+
+def test_the_table_leaves_out_what_has_no_limit():
+    table = str(bench_report(max_concurrency=None, request_rate="inf"))
+    assert "concurrency" not in table
+    assert "RPS" not in table
+
+
+@pytest.mark.parametrize(
+    ("lag", "ttft", "is_warned"),
+    [(0.9, 1.0, False), (1.1, 10.0, True), (4.0, 100.0, False), (6.0, 100.0, True)],
+)
+def test_a_client_that_is_the_bottleneck(lag, ttft, is_warned):
+    warning = vllm_provider._find_lag({"mean_lag_ms": lag, "median_ttft_ms": ttft})
+    assert bool(warning) == is_warned
+    assert (
+        not is_warned
+        or warning
+        == f"the client is the bottleneck: it sent requests {lag:.1f} ms late, in the mean"
+    )
+
+
+# ---- Pictures ---------------------------------------------------------------
+
+
+class _Page(html.parser.HTMLParser):
+    """Reads a page as a browser does: every element with its attributes, and the text of each."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.texts: list[tuple[str, str]] = []
+        self._open: list[str] = []
+        self.feed(page)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+        if tag != "meta":
+            self._open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self._open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.texts.append((">".join(self._open[2:]), data))
+
+    def text(self, path: str) -> str:
+        """Return the text inside the elements `path` leads to, glyphs aside."""
+        return "".join(text for place, text in self.texts if f">{place}>".startswith(f">{path}>"))
+
+    def tooltips(self) -> list[str]:
+        return [attrs["title"] or "" for tag, attrs in self.elements if tag == "span"]
+
+
+def _token(text: str, probability: float | None = 0.5, **fields: Any) -> TokenLogprob:
+    logprob = None if probability is None else math.log(probability) if probability else -math.inf
+    return TokenLogprob(text, logprob, **fields)
+
+
+def _tokens_page(*tokens: TokenLogprob, title: str = "") -> str:
+    return to_html(Completion(choices=(Choice(logprobs=tokens),)), title)
+
+
+def test_picture_of_a_completion():
+    top = (_token(" Paris", 0.8), _token(" Lyon", 0.1))
+    page = _Page(_tokens_page(_token("The", None), _token(" Lyon", 0.1, top=top), _token(".", 0.4)))
+    assert (
+        page.text("article>p")
+        == "Perplexity 5 · mean probability 0.250 · 2 tokens · probability 0 … 1"
+    )
+    assert page.text("article>details>ol").splitlines()[1:] == [
+        "0.100 The Lyon token 2, most likely ' Paris': 0.800",
+        "0.400 The Lyon. token 3",
+    ]
+    assert page.text("article>pre") == "The Lyon."
+    assert page.tooltips()[2:] == [
+        "'The': unknown",
+        "' Lyon': 0.100 (log probability -2.3026)\n' Paris': 0.800\n' Lyon': 0.100",
+        "'.': 0.400 (log probability -0.9163)",
+    ]
+    styles = [attrs.get("style") for tag, attrs in page.elements if tag == "span"]
+    assert styles[2:] == [None, "--hue:12", "--hue:48"]
+
+
+def test_picture_of_a_score():
+    tokens = (_token(" Par", 0.5), _token("is", 0.5))
+    score = Score(
+        text=" Paris", logprob=math.log(0.25), tokens=tokens, is_greedy=True, probability=0.25
+    )
+    page = _Page(to_html(score))
+    assert page.text("article>pre") == " Paris"
+    assert f"Perplexity {score.perplexity:.4g} · " in page.text("article>p")
+
+
+def test_picture_of_several_choices_shows_each():
+    choices = tuple(Choice(index=n, logprobs=(_token(text),)) for n, text in enumerate("ab"))
+    page = _Page(to_html(Completion(choices=choices), "Both"))
+    assert [text for place, text in page.texts if place in ("article>h1", "article>h2")] == [
+        "Both",
+        "Choice 1",
+        "Choice 2",
+    ]
+    assert page.text("article>pre") == "ab"
+
+
+def test_picture_lists_the_ten_least_likely_tokens():
+    tokens = [_token(f"t{n} ", 0.01 + n / 100) for n in (*range(6, 12), *range(6))]
+    rows = _Page(_tokens_page(*tokens)).text("article>details>ol").splitlines()[1:]
+    assert [row.split()[0] for row in rows] == [f"{0.01 + n / 100:.3f}" for n in range(10)]
+
+
+@pytest.mark.parametrize(
+    ("reply", "shown"), [
+        pytest.param(Completion(choices=(Choice(text="a <b>\n"),)), "a <b>\n", id="not-requested"),
+        pytest.param(Completion(choices=(Choice(text="a", logprobs=(_token("a", None),)),)), "a",
+            id="none-known"),
+        pytest.param(Completion(), "", id="no-choices"),
+    ],
+)  # fmt: skip
+def test_picture_without_log_probabilities_is_the_text(reply, shown):
+    page = _Page(to_html(reply))
+    assert page.text("article>pre") == shown
+    assert ("logprobs=5" in page.text("article>p")) == bool(reply.choices)
+
+
+@pytest.mark.parametrize(
+    ("token", "shown"), [
+        pytest.param(_token("a b"), 'a<i data-glyph="·"> </i>b', id="space"),
+        pytest.param(_token("\t"), '<i data-glyph="→">\t</i>', id="tab"),
+        pytest.param(_token("\n\n"), '<i data-glyph="↵">\n</i>' * 2, id="line-breaks"),
+        pytest.param(_token("\r"), r"\r",
+            id="carriage-return-which-html-would-turn-into-a-line-break"),
+        pytest.param(_token("\x00\x1b[31m"), r"\x00\x1b[31m", id="control-characters"),
+        pytest.param(_token("\u202eabc\u200b"), r"\u202eabc\u200b",
+            id="invisible-and-bidirectional"),
+        pytest.param(_token("\ud800"), r"\ud800", id="lone-surrogate"),
+        pytest.param(_token("é世🌸"), "é世🌸", id="printable"),
+        pytest.param(_token(" �", bytes=b" \xf0\x9f"), r'<i data-glyph="·"> </i>\xf0\x9f',
+            id="bytes-of-a-part"),
+        pytest.param(_token("�", bytes="�".encode()), "�", id="a-true-replacement-character"),
+        pytest.param(_token("�"), "�", id="a-part-without-bytes"),
+        pytest.param(_token(""), "∅", id="empty"),
+        pytest.param(_token("", bytes=b""), "∅", id="empty-with-bytes"),
+        pytest.param(_token("</span><script>"), "&lt;/span&gt;&lt;script&gt;", id="markup"),
+        pytest.param(_token("\"'&amp;"), "&quot;&#x27;&amp;amp;", id="quotes-and-entities"),
+    ],
+)  # fmt: skip
+def test_picture_shows_each_token_readably(token, shown):
+    page = _tokens_page(token)
+    assert f">{shown}</span></pre>" in page
+    page.encode()
+
+
+EVIL: Final = (
+    "</title></span></style></pre>-->\"'><script>alert(1)</script><img src=x onerror=alert(1)>"
+)
+
+
+def test_picture_escapes_everything_that_is_not_ours():
+    top = (_token(EVIL + "2", 0.9), _token(EVIL, 0.1))
+    tokens = (_token(EVIL, 0.1, top=top), _token(EVIL, bytes=EVIL.encode()))
+    reply = Completion(choices=(Choice(logprobs=tokens), Choice(index=1, text=EVIL)))
+    page = _Page(to_html(reply, EVIL))
+    harmless = _Page(to_html(reply, "title"))
+    assert [tag for tag, _ in page.elements] == [tag for tag, _ in harmless.elements]
+    assert {tag for tag, _ in page.elements}.isdisjoint({"script", "img", "a", "link"})
+    assert not [name for _, attrs in page.elements for name in attrs if name.startswith("on")]
+    assert page.text("article>h1") == EVIL
+    assert page.text("article>pre") == EVIL * 3
+
+
+@pytest.mark.parametrize(
+    ("probability", "shown"), [
+        pytest.param(1.0, "Perplexity 1 · mean probability 1.000 · ", id="certain"),
+        pytest.param(1e-5, "Perplexity 1e+05 · mean probability 1e-05 · ", id="small"),
+        pytest.param(0.0, "Perplexity inf · mean probability 0 · ", id="impossible"),
+    ],
+)  # fmt: skip
+def test_picture_figures(probability, shown):
+    assert _Page(_tokens_page(_token("a", probability))).text("article>p").startswith(shown)
+
+
+def test_picture_of_log_probabilities_beyond_floating_point():
+    page = _Page(_tokens_page(TokenLogprob("a", -800.0), TokenLogprob("b", 1e-7)))
+    assert "Perplexity 5.221e+173 · " in page.text("article>p")
+    assert "Perplexity inf · " in _Page(_tokens_page(TokenLogprob("a", -800.0))).text("article>p")
+
+
+def test_picture_is_one_static_page_for_light_and_dark():
+    page = _tokens_page(_token("a"), title="T")
+    assert page.startswith("<!DOCTYPE html>\n")
+    assert "<title>T</title>" in page
+    assert "default-src 'none'" in page
+    assert "prefers-color-scheme: dark" in page
+    assert not re.search(r"https?:|url\(|@import|<script", page)
+
+
+def test_completion_in_a_notebook():
+    reply = Completion(choices=(Choice(text="a", logprobs=(_token("a"),)),))
+    fragment = reply._repr_html_()
+    assert fragment
+    assert fragment.startswith('<article class="vllm-heatmap">')
+    assert fragment in to_html(reply)
+    assert (
+        changed(reply, choices=(Choice(text="a"),))._repr_html_() is None
+    )  # the ordinary repr is shown
+
+
+@pytest.mark.live
+def test_live_picture(live):
+    reply = live.complete("The capital of France is Rome.", echo=True, max_tokens=1, logprobs=2)
+    rows = _Page(to_html(reply)).text("article>details>ol").splitlines()
+    assert any("Rome token 6, most likely ' Paris': 1.000" in row for row in rows)
 
 
 # ---- Amplifier: what the tests share ----------------------------------------
 
 AMP_EVENTS = (
     *("llm:request", "llm:response", "provider:retry", "provider:tool_sequence_repaired"),
-    *("llm:stream_block_start", "llm:stream_block_delta", "llm:stream_block_end", "llm:stream_aborted"),
+    *(
+        "llm:stream_block_start",
+        "llm:stream_block_delta",
+        "llm:stream_block_end",
+        "llm:stream_aborted",
+    ),
     *("llm:request:debug", "llm:response:debug", "llm:request:raw", "llm:response:raw"),
 )
 AMP_WEATHER = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
-AMP_TOOL = ToolSpec(name="get_weather", description="Get the weather of a city.", parameters=AMP_WEATHER)
+AMP_TOOL = ToolSpec(
+    name="get_weather", description="Get the weather of a city.", parameters=AMP_WEATHER
+)
 AMP_WIRE_TOOL = {
     "type": "function",
-    "function": {"name": "get_weather", "description": "Get the weather of a city.", "parameters": AMP_WEATHER},
+    "function": {
+        "name": "get_weather",
+        "description": "Get the weather of a city.",
+        "parameters": AMP_WEATHER,
+    },
 }
+AMP_HELLO = "\n\nHello! How can I help you today?"
 AMP_IN_TIME_S = 3.0  # where a tenth of a second is promised: a slow machine must not fail the test
 AMP_SYNC_S = 20.0  # what is waited for in a test that is about to fail
 
 
+def amp_cases(names: Any, table: Mapping[str, Any]) -> Any:
+    """Return the decorator that runs a test for each row; the keys say why a row is there."""
+    return pytest.mark.parametrize(names, list(table.values()), ids=list(table))
+
+
 @dataclass
 class AmpHost:
-    """A mounted provider, and the events its hooks have seen: name and payload, without the kernel's own keys."""
+    """A mounted provider, and the events its hooks have seen: name and payload."""
 
     provider: VLLMProvider
     coordinator: Any
@@ -6449,7 +10249,10 @@ class AmpHost:
 
     def told(self) -> list[tuple[str, dict[str, Any]]]:
         """Return the events, what differs from run to run being checked and replaced."""
-        assert len({payload["request_id"] for name, payload in self.events if "repaired" not in name}) == 1
+        assert (
+            len({payload["request_id"] for name, payload in self.events if "repaired" not in name})
+            == 1
+        )
         told = []
         for name, payload in self.events:
             shown = dict(payload)
@@ -6472,7 +10275,7 @@ def amp_server(monkeypatch: pytest.MonkeyPatch) -> Iterator[StandIn]:
 
 
 async def amp_mount(server: StandIn | str, **config: Any) -> AmpHost:
-    """Mount as the kernel does. With a model named, so that the server is asked nothing on the side."""
+    """Mount as the kernel does, with a model named, so that no auxiliary request is made."""
     coordinator, events = MockCoordinator(), []
 
     async def record(event: str, payload: dict[str, Any]) -> None:
@@ -6481,15 +10284,24 @@ async def amp_mount(server: StandIn | str, **config: Any) -> AmpHost:
     for name in AMP_EVENTS:
         coordinator.hooks.register(name, record, priority=1, name=f"record {name}")
     url = server if isinstance(server, str) else server.url
-    close = await mount(coordinator, {"base_url": url, "default_model": MODEL, "context_window": 2048, **config})
+    close = await mount(
+        coordinator, {"base_url": url, "default_model": MODEL, "context_window": 2048, **config}
+    )
     return AmpHost(coordinator.get("providers")["vllm"], coordinator, events, close)
 
 
 def amp_ask(*texts: str, **fields: Any) -> ChatRequest:
     """Return a request: the user's words, then in turn the assistant's and the user's."""
     roles = ("user", "assistant")
-    messages = [Message(role=roles[number % 2], content=text) for number, text in enumerate(texts or ("Hello",))]
+    messages = [
+        Message(role=roles[number % 2], content=text)
+        for number, text in enumerate(texts or ("Hello",))
+    ]
     return ChatRequest(messages=messages, **fields)
+
+
+async def amp_hello(host: AmpHost, **keywords: Any) -> ChatResponse:
+    return await host.provider.complete(amp_ask("Hello"), **keywords)
 
 
 def amp_bodies(server: StandIn, end: str = "completions") -> list[Any]:
@@ -6503,12 +10315,28 @@ def amp_paths(server: StandIn) -> list[str]:
 def amp_choice(delta: Mapping[str, Any], **more: Any) -> dict[str, Any]:
     """Return a chunk of a streamed chat reply."""
     choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": None} | more
-    return {"id": "chatcmpl-1", "object": "chat.completion.chunk", "model": MODEL, "choices": [choice]}
+    return {
+        "id": "chatcmpl-1",
+        "object": "chat.completion.chunk",
+        "model": MODEL,
+        "choices": [choice],
+    }
 
 
 def amp_usage(prompt: int, output: int, **more: Any) -> dict[str, Any]:
-    usage = {"prompt_tokens": prompt, "completion_tokens": output, "total_tokens": prompt + output, **more}
-    return {"id": "chatcmpl-1", "object": "chat.completion.chunk", "model": MODEL, "choices": [], "usage": usage}
+    usage = {
+        "prompt_tokens": prompt,
+        "completion_tokens": output,
+        "total_tokens": prompt + output,
+        **more,
+    }
+    return {
+        "id": "chatcmpl-1",
+        "object": "chat.completion.chunk",
+        "model": MODEL,
+        "choices": [],
+        "usage": usage,
+    }
 
 
 def amp_chat(*deltas: Mapping[str, Any], finish: str = "stop", **more: Any) -> bytes:
@@ -6517,9 +10345,13 @@ def amp_chat(*deltas: Mapping[str, Any], finish: str = "stop", **more: Any) -> b
     return sse(*chunks, amp_choice({}, finish_reason=finish, **more), amp_usage(5, 7))
 
 
-def amp_call(arguments: str, name: str = "get_weather", call_id: str = "call_1", index: int = 0) -> dict[str, Any]:
+def amp_call(
+    arguments: str, name: str = "get_weather", call_id: str = "call_1", index: int = 0
+) -> dict[str, Any]:
     function = {"name": name, "arguments": arguments}
-    return {"tool_calls": [{"index": index, "id": call_id, "type": "function", "function": function}]}
+    return {
+        "tool_calls": [{"index": index, "id": call_id, "type": "function", "function": function}]
+    }
 
 
 async def amp_until(condition: Callable[[], Any]) -> None:
@@ -6531,7 +10363,7 @@ async def amp_until(condition: Callable[[], Any]) -> None:
 
 
 async def amp_is_quiet(server: StandIn | None = None, gone: int = 0) -> None:
-    """Check that no task and no busy thread is left, and that `gone` connections were cut at once."""
+    """Check that no task and no busy thread is left, and that `gone` connections were cut."""
     for _ in range(gone):
         assert server is not None
         await asyncio.to_thread(server.aborted.get, timeout=AMP_IN_TIME_S)
@@ -6542,25 +10374,26 @@ async def amp_is_quiet(server: StandIn | None = None, gone: int = 0) -> None:
 # ---- Amplifier: loading and construction ------------------------------------
 
 
-@pytest.mark.parametrize(
+@amp_cases(
     "arguments",
-    [
-        pytest.param({"api_key": "", "config": {}}, id="the app's first try"),
-        pytest.param({"config": {}}, id="the app's second try"),
-        pytest.param({}, id="the app's third try"),
-        pytest.param({"base_url": "", "config": {"base_url": "${VLLM_BASE_URL}"}}, id="nothing but an unexpanded name"),
-    ],
+    {
+        "the app's first try": {"api_key": "", "config": {}},
+        "the app's second try": {"config": {}},
+        "the app's third try": {},
+        "nothing but an unexpanded name": {
+            "base_url": "",
+            "config": {"base_url": "${VLLM_BASE_URL}"},
+        },
+    },
 )
-def test_amp_class_wants_a_base_url_and_does_not_read_the_environment(
-    arguments: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_amp_class_wants_a_base_url_and_does_not_read_the_environment(arguments, monkeypatch):
     monkeypatch.setenv("VLLM_BASE_URL", "http://from-the-environment:8000")
     with pytest.raises(ValueError, match=r"^No base_url found: ") as caught:
         VLLMProvider(**arguments)
     assert type(caught.value) is vllm_provider.ConfigurationError
 
 
-def test_amp_class_takes_the_url_without_io() -> None:
+def test_amp_class_takes_the_url_without_io():
     provider = VLLMProvider(base_url="http://192.0.2.1:1", api_key="", config={})
     assert (provider.name, provider.priority, provider.default_model) == ("vllm", 100, None)
     assert not hasattr(provider, "stream")  # loop-streaming would take a path that drops tool calls
@@ -6568,26 +10401,35 @@ def test_amp_class_takes_the_url_without_io() -> None:
     assert provider.config == VLLMConfig("http://192.0.2.1:1")
 
 
-def test_amp_class_takes_the_apps_strings() -> None:
-    config = {"base_url": "http://a:1/v1", "priority": "7", "use_completions": "false", "timeout": "60", "api_key": ""}
+def test_amp_class_takes_the_apps_strings():
+    config = {
+        "base_url": "http://a:1/v1",
+        "priority": "7",
+        "use_completions": "false",
+        "timeout": "60",
+        "api_key": "",
+    }
     provider = VLLMProvider(config=config)
-    assert provider.config == VLLMConfig("http://a:1", priority=7, use_completions=False, timeout=60.0)
+    assert provider.config == VLLMConfig(
+        "http://a:1", priority=7, use_completions=False, timeout=60.0
+    )
     assert (provider.priority, type(provider.priority)) == (7, int)
 
 
-def test_amp_arguments_win_over_the_config() -> None:
-    provider = VLLMProvider("http://b:2", api_key="sk-2", config={"base_url": "http://a:1", "api_key": "sk-1"})
+def test_amp_arguments_win_over_the_config():
+    provider = VLLMProvider(
+        "http://b:2", api_key="sk-2", config={"base_url": "http://a:1", "api_key": "sk-1"}
+    )
     assert (provider.config.base_url, provider.config.api_key) == ("http://b:2", "sk-2")
 
 
-def test_amp_class_does_not_change_the_config_it_is_given() -> None:
+def test_amp_class_does_not_change_the_config_it_is_given():
     config = {"base_url": "http://a:1", "unknown_setting": 1}
     VLLMProvider(api_key="sk-1", config=config)
     assert config == {"base_url": "http://a:1", "unknown_setting": 1}
 
 
-@pytest.mark.asyncio
-async def test_amp_mount_reads_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_amp_mount_reads_the_environment(monkeypatch):
     monkeypatch.setenv("VLLM_BASE_URL", "http://a:1/v1")
     monkeypatch.setenv("VLLM_API_KEY", "sk-1")
     for config in (None, {}, {"base_url": "${VLLM_BASE_URL}", "api_key": ""}):
@@ -6598,8 +10440,7 @@ async def test_amp_mount_reads_the_environment(monkeypatch: pytest.MonkeyPatch) 
         await close()
 
 
-@pytest.mark.asyncio
-async def test_amp_mount_without_a_url_mounts_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_amp_mount_without_a_url_mounts_nothing(monkeypatch):
     monkeypatch.delenv("VLLM_BASE_URL", raising=False)
     coordinator = MockCoordinator()
     with pytest.raises(ValueError, match=r"^No base_url found: "):
@@ -6607,8 +10448,7 @@ async def test_amp_mount_without_a_url_mounts_nothing(monkeypatch: pytest.Monkey
     assert coordinator.mount_history == []
 
 
-@pytest.mark.asyncio
-async def test_amp_mount_twice_mounts_two_new_providers_of_that_name(amp_server: StandIn) -> None:
+async def test_amp_mount_twice_mounts_two_new_providers_of_that_name(amp_server):
     coordinator = MockCoordinator()
     closes = [await mount(coordinator, {"base_url": amp_server.url}) for _ in range(2)]
     rows = [(row["mount_point"], row["name"]) for row in coordinator.mount_history]
@@ -6616,20 +10456,19 @@ async def test_amp_mount_twice_mounts_two_new_providers_of_that_name(amp_server:
     first, second = (row["module"] for row in coordinator.mount_history)
     assert first is not second
     await closes[0]()  # cleaning the first up leaves the second at work
-    assert (await second.complete(amp_ask("Hello"))).text == "\n\nHello! How can I help you today?"
+    assert (await second.complete(amp_ask("Hello"))).text == AMP_HELLO
     for close in [*closes, *closes]:
         await close()
 
 
-@pytest.mark.asyncio
-async def test_amp_mount_tells_the_log_about_its_events(amp_server: StandIn) -> None:
+async def test_amp_mount_tells_the_log_about_its_events(amp_server):
     host = await amp_mount(amp_server)
     [names] = await host.coordinator.collect_contributions("observability.events")
-    assert sorted(names) == sorted(AMP_EVENTS)
+    assert {*names} == {*AMP_EVENTS} - {*ALL_EVENTS}  # the log would write the kernel's twice
+    assert len(names) == 8
 
 
-@pytest.mark.asyncio
-async def test_amp_mount_needs_nothing_else_of_a_coordinator(amp_server: StandIn) -> None:
+async def test_amp_mount_needs_nothing_else_of_a_coordinator(amp_server):
     mounted: list[Any] = []
 
     async def keep(point: str, module: Any, name: str) -> None:
@@ -6638,11 +10477,10 @@ async def test_amp_mount_needs_nothing_else_of_a_coordinator(amp_server: StandIn
     await mount(types.SimpleNamespace(mount=keep), {"base_url": amp_server.url})
     [(point, name, provider)] = mounted
     assert (point, name) == ("providers", "vllm")
-    assert (await provider.complete(amp_ask("Hello"))).text == "\n\nHello! How can I help you today?"
+    assert (await provider.complete(amp_ask("Hello"))).text == AMP_HELLO
 
 
-@pytest.mark.asyncio
-async def test_amp_server_that_is_down_stops_neither_mount_nor_session(caplog: pytest.LogCaptureFixture) -> None:
+async def test_amp_server_that_is_down_stops_neither_mount_nor_session(caplog):
     host = await amp_mount("http://127.0.0.1:9", context_window=None)
     await on_session_ready(host.coordinator)
     [record] = [record for record in caplog.records if record.levelno == logging.WARNING]
@@ -6651,30 +10489,46 @@ async def test_amp_server_that_is_down_stops_neither_mount_nor_session(caplog: p
         await host.provider.list_models()
 
 
-@pytest.mark.asyncio
-@pytest.mark.parametrize("providers", [pytest.param(None, id="no providers"), pytest.param({"other": 1}, id="another")])
-async def test_amp_on_session_ready_finds_nothing_of_its_own(providers: Any) -> None:
-    await on_session_ready(types.SimpleNamespace(get=lambda name: providers if name == "providers" else None))
+@amp_cases("providers", {"no providers": None, "another": {"other": 1}})
+async def test_amp_on_session_ready_finds_nothing_of_its_own(providers):
+    await on_session_ready(
+        types.SimpleNamespace(get=lambda name: providers if name == "providers" else None)
+    )
 
 
-def test_amp_package_for_the_source_loader_re_exports() -> None:
+def test_amp_package_for_the_source_loader_re_exports():
     import amplifier_module_provider_vllm as package
 
-    assert sorted(package.__all__) == ["VLLMProvider", "__amplifier_module_type__", "mount", "on_session_ready"]
+    assert sorted(package.__all__) == [
+        "VLLMProvider",
+        "__amplifier_module_type__",
+        "mount",
+        "on_session_ready",
+    ]
     assert all(getattr(package, name) is getattr(vllm_provider, name) for name in package.__all__)
     assert package.__amplifier_module_type__ == "provider"
     names = [name for name in vllm_provider.__all__ if name.endswith("Provider")]
     assert names == ["VLLMProvider"]  # the app picks it by its end
 
 
-@pytest.mark.asyncio
-async def test_amp_kernels_validator_passes_every_check(amp_server: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_amp_kernels_validator_passes_every_check(amp_server, monkeypatch):
     monkeypatch.setenv("VLLM_BASE_URL", amp_server.url)
     result = await ProviderValidator().validate(Path(vllm_provider.__file__))
     assert [check.name for check in result.checks if not check.passed] == []
     assert {check.name for check in result.checks} >= {
-        *("module_importable", "mount_exists", "mount_signature", "protocol_compliance", "provider_name"),
-        *("provider_get_info", "provider_list_models", "provider_complete", "provider_parse_tool_calls"),
+        *(
+            "module_importable",
+            "mount_exists",
+            "mount_signature",
+            "protocol_compliance",
+            "provider_name",
+        ),
+        *(
+            "provider_get_info",
+            "provider_list_models",
+            "provider_complete",
+            "provider_parse_tool_calls",
+        ),
     }
 
 
@@ -6686,18 +10540,19 @@ class _AmpUnderTest:
 
 
 class TestAmpBehavior(_AmpUnderTest, ProviderBehaviorTests):
-    @pytest.mark.asyncio
-    async def test_list_models_really_asked(self, provider_module: Any, amp_server: StandIn) -> None:
+    async def test_list_models_really_asked(self, provider_module, amp_server):
         assert [model.id for model in await provider_module.list_models()] == [MODEL]
         assert amp_paths(amp_server) == ["/v1/models"]
 
 
 class TestAmpStructure(_AmpUnderTest, ProviderStructuralTests):
-    def test_the_path_is_not_the_plugins_guess(self, module_path: Path | None) -> None:
-        assert module_path == Path(vllm_provider.__file__)  # without one the kernel's own test skips
+    def test_the_path_is_not_the_plugins_guess(self, module_path):
+        assert module_path == Path(
+            vllm_provider.__file__
+        )  # without one the kernel's own test skips
 
 
-def test_amp_kernels_tests_are_there() -> None:
+def test_amp_kernels_tests_are_there():
     kernels = {*dir(ProviderBehaviorTests), *dir(ProviderStructuralTests)}
     assert {name for name in kernels if name.startswith("test_")} == {
         "test_get_info_returns_valid_provider_info",
@@ -6712,27 +10567,31 @@ def test_amp_kernels_tests_are_there() -> None:
 # ---- Amplifier: what it tells about itself ----------------------------------
 
 
-def test_amp_get_info() -> None:
-    def config_field(key: str, kind: Any, **more: Any) -> tuple[Any, ...]:
-        return key, kind, more.get("env_var"), more.get("required", True), more.get("default")
-
-    info = VLLMProvider("http://a:1", config={"default_model": "m", "timeout": 60}).get_info()
+@pytest.mark.parametrize("use_completions", [True, "false"])
+def test_amp_get_info(use_completions):
+    config = {"default_model": "m", "timeout": 60, "use_completions": use_completions}
+    info = VLLMProvider("http://a:1", config=config).get_info()
     assert isinstance(info, ProviderInfo)
     assert all(isinstance(field, ConfigField) for field in info.config_fields)
-    assert (info.id, info.display_name, info.credential_env_vars) == ("vllm", "vLLM", ["VLLM_API_KEY"])
-    assert [(one.id, one.field_type, one.env_var, one.required, one.default) for one in info.config_fields] == [
-        config_field("base_url", "text", env_var="VLLM_BASE_URL"),
-        config_field("api_key", "secret", env_var="VLLM_API_KEY", required=False),
-        config_field("use_completions", "boolean", required=False, default="true"),
+    assert (info.id, info.display_name, info.credential_env_vars) == (
+        "vllm",
+        "vLLM",
+        ["VLLM_API_KEY"],
+    )
+    fields = [
+        (one.id, one.field_type, one.env_var, one.required, one.default)
+        for one in info.config_fields
+    ]
+    assert fields == [  # what Enter stores in the wizard
+        ("base_url", "text", "VLLM_BASE_URL", True, "http://localhost:8000"),
+        ("api_key", "secret", "VLLM_API_KEY", False, None),
+        ("use_completions", "boolean", None, False, str(use_completions).lower()),
     ]
     assert info.defaults == {"model": "m", "timeout": 60.0}  # no guess of a context window
     assert {"streaming", "tools"} <= set(info.capabilities)
 
 
-@pytest.mark.asyncio
-async def test_amp_limits_are_none_until_the_session_is_ready(
-    amp_server: StandIn, caplog: pytest.LogCaptureFixture
-) -> None:
+async def test_amp_limits_are_none_until_the_session_is_ready(amp_server, caplog):
     host = await amp_mount(amp_server, default_model=None, context_window=None)
     assert [host.provider.get_model_info() for _ in range(3)] == [None] * 3
     assert [record.levelname for record in caplog.records] == ["WARNING"]
@@ -6740,17 +10599,26 @@ async def test_amp_limits_are_none_until_the_session_is_ready(
     await on_session_ready(host.coordinator)
     info = host.provider.get_model_info()
     assert isinstance(info, ModelInfo)
-    assert (info.id, info.context_window, info.max_output_tokens) == (MODEL, MAX_MODEL_LEN, MAX_MODEL_LEN // 4)
+    assert (info.id, info.context_window, info.max_output_tokens) == (
+        MODEL,
+        MAX_MODEL_LEN,
+        MAX_MODEL_LEN // 4,
+    )
     defaults = host.provider.get_info().defaults
-    assert (defaults["context_window"], defaults["max_output_tokens"]) == (MAX_MODEL_LEN, MAX_MODEL_LEN // 4)
+    assert (defaults["context_window"], defaults["max_output_tokens"]) == (
+        MAX_MODEL_LEN,
+        MAX_MODEL_LEN // 4,
+    )
     assert len(caplog.records) == 1
 
 
-@pytest.mark.asyncio
-async def test_amp_limits_are_known_after_a_call_too(amp_server: StandIn) -> None:
+async def test_amp_limits_are_known_after_a_call_too(amp_server):
     provider = VLLMProvider(amp_server.url)
     await provider.complete(amp_ask("Hello"))
-    assert (provider.get_model_info().id, provider.get_model_info().context_window) == (MODEL, MAX_MODEL_LEN)
+    assert (provider.get_model_info().id, provider.get_model_info().context_window) == (
+        MODEL,
+        MAX_MODEL_LEN,
+    )
     assert amp_paths(amp_server).count("/v1/models") == 1
 
 
@@ -6762,27 +10630,45 @@ AMP_BASE = {"id": "base", "root": "base", "parent": None, "max_model_len": 13107
 AMP_LORA = {"id": "lora", "root": "/lora", "parent": "base", "max_model_len": None}
 
 
-@pytest.mark.asyncio
-@pytest.mark.parametrize(
-    ("config", "cards", "limits"),
-    [
-        pytest.param({}, [AMP_BASE], ("base", 131072, 16384), id="a modest output, never the window"),
-        pytest.param(
-            {"default_model": "lora"}, [AMP_BASE, AMP_LORA], ("lora", 131072, 16384), id="a LoRA has its base's"
-        ),
-        pytest.param({"context_window": 8192}, [AMP_BASE], ("base", 8192, 2048), id="given below the server's"),
-        pytest.param({"context_window": 10**6}, [AMP_BASE], ("base", 131072, 16384), id="given above the server's"),
-        pytest.param({"max_output_tokens": 10**6}, [AMP_BASE], ("base", 131072, 131072), id="output within the window"),
-        pytest.param({"max_output_tokens": 100}, [AMP_BASE], ("base", 131072, 100), id="output given"),
-        pytest.param({"context_window": "4096"}, [{"id": "base"}], ("base", 4096, 1024), id="server silent, given"),
-        pytest.param({}, [{"id": "base"}], None, id="server silent"),
-        pytest.param({"default_model": "other"}, [AMP_BASE], None, id="not a model it has"),
-        pytest.param({"max_output_tokens": 100}, [{"id": "base"}], None, id="one limit is not enough"),
-    ],
-)
-async def test_amp_get_model_info(
-    config: dict[str, Any], cards: list[Any], limits: tuple[Any, ...] | None, amp_server: StandIn
-) -> None:
+AMP_LIMITS: dict[str, tuple[Any, ...]] = {
+    "a modest output, never the window": ({}, [AMP_BASE], ("base", 131072, 16384)),
+    "a LoRA has its base's": (
+        {"default_model": "lora"},
+        [AMP_BASE, AMP_LORA],
+        ("lora", 131072, 16384),
+    ),
+    "given below the server's": ({"context_window": 8192}, [AMP_BASE], ("base", 8192, 2048)),
+    "given above the server's": ({"context_window": 10**6}, [AMP_BASE], ("base", 131072, 16384)),
+    "output within the window": (
+        {"max_output_tokens": 10**6},
+        [AMP_BASE],
+        ("base", 131072, 131072),
+    ),
+    "output given": ({"max_output_tokens": 100}, [AMP_BASE], ("base", 131072, 100)),
+    "server silent, given": ({"context_window": "4096"}, [{"id": "base"}], ("base", 4096, 1024)),
+    "server silent": ({}, [{"id": "base"}], None),
+    "not a model it has": ({"default_model": "other"}, [AMP_BASE], None),
+    "one limit is not enough": ({"max_output_tokens": 100}, [{"id": "base"}], None),
+    "no models at all": ({}, [], None),
+    "a proxy's": (
+        {},
+        [{"id": "p", "max_input_tokens": 8192, "max_output_tokens": 100}],
+        ("p", 8192, 100),
+    ),
+    "a proxy's, as text": ({}, [{"id": "p", "max_input_tokens": "4096"}], ("p", 4096, 1024)),
+    **{
+        f"no limit: {value}": (
+            {},
+            [{"id": "base", "max_model_len": value, "max_output_tokens": value}],
+            None,
+        )
+        for value in (1.5, -5, True, [], "many")
+    },
+}
+
+
+@amp_cases(("config", "cards", "limits"), AMP_LIMITS)
+async def test_amp_get_model_info(config, cards, limits, amp_server):
     amp_server.script(amp_models(*cards))
     host = await amp_mount(amp_server, **{"default_model": None, "context_window": None, **config})
     await on_session_ready(host.coordinator)
@@ -6790,291 +10676,330 @@ async def test_amp_get_model_info(
     assert (info and (info.id, info.context_window, info.max_output_tokens)) == limits
 
 
-@pytest.mark.asyncio
-async def test_amp_list_models(amp_server: StandIn) -> None:
+async def test_amp_window_that_is_too_large_is_told_once(amp_server, caplog):
+    caplog.set_level(logging.INFO)
+    host = await amp_mount(amp_server, context_window=10**6)
+    await on_session_ready(host.coordinator)
+    await host.provider.list_models()
+    text = f"context_window=1000000 is more than the server's: {MAX_MODEL_LEN} counts"
+    assert [record.getMessage() for record in caplog.records].count(text) == 1
+
+
+async def test_amp_server_that_hangs_is_not_asked_for_its_models_again(amp_server, monkeypatch):
+    monkeypatch.setattr(vllm_provider, "DISCOVERY_S", 0.2)
+    amp_server.script(*[stall()] * 9, path="/v1/models")
+    host = await amp_mount(amp_server, default_model=None, context_window=None)
+    for _ in range(3):
+        started = time.monotonic()
+        assert (await amp_hello(host)).text == AMP_HELLO
+        assert time.monotonic() - started < AMP_IN_TIME_S
+        assert host.provider.get_model_info() is None
+    assert amp_paths(amp_server).count("/v1/models") == 1
+    monkeypatch.setattr(vllm_provider, "MODEL_RETRY_S", 0.0)  # a minute later
+    await on_session_ready(host.coordinator)
+    assert amp_paths(amp_server).count("/v1/models") == 2
+
+
+async def test_amp_list_models(amp_server):
     amp_server.script(amp_models(AMP_BASE, AMP_LORA, {"id": "silent"}))
     models = await (await amp_mount(amp_server, context_window=None)).provider.list_models()
     assert all(isinstance(model, ModelInfo) for model in models)
-    assert [(model.id, model.context_window) for model in models] == [("base", 131072), ("lora", 131072), ("silent", 0)]
+    assert [(model.id, model.context_window) for model in models] == [
+        ("base", 131072),
+        ("lora", 131072),
+        ("silent", 0),
+    ]
 
 
-@pytest.mark.asyncio
-@pytest.mark.parametrize(
+@amp_cases(
     ("raw", "kind", "status"),
-    [
-        pytest.param(reply(401, {"error": "Unauthorized"}), "AuthenticationError", 401, id="wrong key"),
-        pytest.param(reply(503, "busy", {"Retry-After": "99"}), "ProviderUnavailableError", 503, id="busy"),
-        pytest.param(reply(200, "<html>", {"content-type": "text/html"}), "LLMError", None, id="not vLLM"),
-    ],
+    {
+        "wrong key": (reply(401, {"error": "Unauthorized"}), "AuthenticationError", 401),
+        "busy": (reply(503, "busy", {"Retry-After": "99"}), "ProviderUnavailableError", 503),
+        "not vLLM": (reply(200, "<html>", {"content-type": "text/html"}), "LLMError", None),
+    },
 )
-async def test_amp_list_models_raises_the_kernels_errors(
-    raw: bytes, kind: str, status: int | None, amp_server: StandIn
-) -> None:
+async def test_amp_list_models_raises_the_kernels_errors(raw, kind, status, amp_server):
     host = await amp_mount(amp_server)
     amp_server.script(raw)
     with pytest.raises(llm_errors.LLMError) as caught:
         await host.provider.list_models()
-    assert (type(caught.value).__name__, caught.value.status_code, caught.value.provider) == (kind, status, "vllm")
+    assert (type(caught.value).__name__, caught.value.status_code, caught.value.provider) == (
+        kind,
+        status,
+        "vllm",
+    )
 
 
-def test_amp_parse_tool_calls() -> None:
-    provider, calls = VLLMProvider("http://a:1"), [KernelToolCall(id="call_1", name="f", arguments={"a": 1})]
+def test_amp_parse_tool_calls():
+    provider, calls = (
+        VLLMProvider("http://a:1"),
+        [KernelToolCall(id="call_1", name="f", arguments={"a": 1})],
+    )
     assert provider.parse_tool_calls(ChatResponse(content=[], tool_calls=calls)) == calls
     assert provider.parse_tool_calls(ChatResponse(content=[TextBlock(text="Hi")])) == []
 
 
 # ---- Amplifier: conversations to vLLM's messages ----------------------------
 
-AMP_CALL_BLOCK = {"type": "tool_call", "id": "c1", "name": "get_weather", "input": {"city": "Paris"}}
+AMP_MISSING = (
+    "[SYSTEM ERROR: Tool result missing from conversation history] The call may have run or not."
+)
+AMP_CALL_BLOCK = {
+    "type": "tool_call",
+    "id": "c1",
+    "name": "get_weather",
+    "input": {"city": "Paris"},
+}
 AMP_WIRE_CALL = {
     "id": "c1",
     "type": "function",
     "function": {"name": "get_weather", "arguments": '{"city": "Paris"}'},
 }
+AMP_CALLER = {"role": "assistant", "content": [AMP_CALL_BLOCK]}
 AMP_WIRE_CALLER = {"role": "assistant", "content": "", "tool_calls": [AMP_WIRE_CALL]}
-AMP_WIRE_RESULT = {"role": "tool", "tool_call_id": "c1", "content": "sunny", "name": "get_weather"}
+AMP_RESULT = {"role": "tool", "tool_call_id": "c1", "content": "sunny"}
+AMP_WIRE_RESULT = AMP_RESULT | {"name": "get_weather"}
 AMP_USER = {"role": "user", "content": "Hi"}
+AMP_REPLY = {"role": "assistant", "content": "Hello!"}
+AMP_ACKNOWLEDGED = {"role": "assistant", "content": "Result received."}
+AMP_URL_IMAGE = {"type": "image", "source": {"type": "url", "url": "https://a.example/b.png"}}
+AMP_WIRE_URL_IMAGE = {"type": "image_url", "image_url": {"url": "https://a.example/b.png"}}
+AMP_IMAGE = {
+    "type": "image",
+    "source": {"type": "base64", "media_type": "image/jpeg", "data": "AAAA"},
+}
+AMP_WIRE_IMAGE = {"type": "image_url", "image_url": {"url": "data:image/jpeg;base64,AAAA"}}
 
 
-@pytest.mark.asyncio
-@pytest.mark.parametrize(
-    ("messages", "wire"),
-    [
-        pytest.param(
-            [{"role": "system", "content": "Be brief."}, AMP_USER],
-            [{"role": "system", "content": "Be brief."}, AMP_USER],
-            id="strings",
-        ),
-        pytest.param(
-            [{"role": "developer", "content": "Be brief."}],
-            [{"role": "system", "content": "Be brief."}],
-            id="developer, which templates do not know",
-        ),
-        pytest.param(
-            [
-                {"role": role, "content": [{"type": "text", "text": "A"}, {"type": "text", "text": "B"}]}
-                for role in ("system", "user", "assistant")
-            ],
-            [{"role": role, "content": "A\nB"} for role in ("system", "user", "assistant")],
-            id="blocks of text, also in a system message",
-        ),
-        pytest.param([{"role": "user", "content": []}], [{"role": "user", "content": ""}], id="no block"),
-        pytest.param(
-            [{"role": "user", "content": "Hi", "name": "ann", "metadata": {"a": 1}}],
-            [{"role": "user", "content": "Hi", "name": "ann"}],
-            id="a name, and metadata that is ours",
-        ),
-        pytest.param(
-            [
-                {
-                    "role": "user",
-                    "content": [
-                        {"type": "text", "text": "Compare."},
-                        {"type": "image", "source": {"type": "base64", "media_type": "image/jpeg", "data": "AAAA"}},
-                        {"type": "image", "source": {"type": "url", "url": "https://a.example/b.png"}},
-                    ],
-                }
-            ],
-            [
-                {
-                    "role": "user",
-                    "content": [
-                        {"type": "text", "text": "Compare."},
-                        {"type": "image_url", "image_url": {"url": "data:image/jpeg;base64,AAAA"}},
-                        {"type": "image_url", "image_url": {"url": "https://a.example/b.png"}},
-                    ],
-                }
-            ],
-            id="images, base64 and URL",
-        ),
-        pytest.param(
-            [
-                AMP_USER,
-                {
-                    "role": "assistant",
-                    "content": [
-                        {"type": "thinking", "thinking": "A greeting.", "signature": "s"},
-                        {"type": "redacted_thinking", "data": "x"},
-                        {"type": "text", "text": "Hello!"},
-                    ],
-                },
-            ],
-            [AMP_USER, {"role": "assistant", "content": "Hello!", "reasoning": "A greeting."}],
-            id="thinking goes back as reasoning",
-        ),
-        pytest.param(
-            [{"role": "assistant", "content": [{"type": "reasoning", "content": [{"text": "Hm."}], "summary": []}]}],
-            [{"role": "assistant", "content": "", "reasoning": "Hm."}],
-            id="another provider's reasoning",
-        ),
-        pytest.param(
-            [
-                {"role": "assistant", "content": [AMP_CALL_BLOCK]},
-                {"role": "tool", "tool_call_id": "c1", "content": "sunny"},
-            ],
+def amp_text(text: str) -> dict[str, Any]:
+    return {"type": "text", "text": text}
+
+
+def amp_user(content: Any) -> dict[str, Any]:
+    return {"role": "user", "content": content}
+
+
+def amp_system(content: Any, role: str = "system") -> dict[str, Any]:
+    return {"role": role, "content": content}
+
+
+def amp_reminder(text: str) -> str:
+    return f"<system-reminder>\n{text}\n</system-reminder>"
+
+
+def amp_result_block(output: Any) -> dict[str, Any]:
+    return {
+        "role": "tool",
+        "content": [{"type": "tool_result", "tool_call_id": "c1", "output": output}],
+    }
+
+
+def amp_calls(*entries: Any) -> dict[str, Any]:
+    return {"role": "assistant", "content": "", "tool_calls": list(entries)}
+
+
+AMP_MESSAGES = {
+    "strings": ([amp_system("Be brief."), AMP_USER],) * 2,
+    "developer, which templates do not know": ([amp_system("A", "developer")], [amp_system("A")]),
+    "blocks of text, also in a system message": (
+        [
+            {"role": role, "content": [amp_text("A"), amp_text("B")]}
+            for role in ("system", "user", "assistant")
+        ],
+        [{"role": role, "content": "A\nB"} for role in ("system", "user", "assistant")],
+    ),
+    "no block": ([amp_user([])], [amp_user("")]),
+    "a name, and metadata that is ours": (
+        [AMP_USER | {"name": "ann", "metadata": {"a": 1}}],
+        [AMP_USER | {"name": "ann"}],
+    ),
+    "images, base64 and URL": (
+        [amp_user([amp_text("Compare."), AMP_IMAGE, AMP_URL_IMAGE])],
+        [amp_user([amp_text("Compare."), AMP_WIRE_IMAGE, AMP_WIRE_URL_IMAGE])],
+    ),
+    "thinking goes back as reasoning": (
+        [
+            AMP_USER,
+            AMP_REPLY
+            | {
+                "content": [
+                    {"type": "thinking", "thinking": "A greeting.", "signature": "s"},
+                    {"type": "redacted_thinking", "data": "x"},
+                    amp_text("Hello!"),
+                ]
+            },
+        ],
+        [AMP_USER, AMP_REPLY | {"reasoning": "A greeting."}],
+    ),
+    "another provider's reasoning": (
+        [
+            AMP_REPLY
+            | {"content": [{"type": "reasoning", "content": [{"text": "Hm."}, 1], "summary": []}]}
+        ],
+        [AMP_REPLY | {"content": "", "reasoning": "Hm."}],
+    ),
+    "a call as a block": ([AMP_CALLER, AMP_RESULT], [AMP_WIRE_CALLER, AMP_WIRE_RESULT]),
+    **{
+        f"a call as a field: {name}": (
+            [amp_calls(entry), AMP_RESULT],
             [AMP_WIRE_CALLER, AMP_WIRE_RESULT],
-            id="a call as a block",
-        ),
-        *(
-            pytest.param(
-                [
-                    {"role": "assistant", "content": "", "tool_calls": [entry]},
-                    {"role": "tool", "tool_call_id": "c1", "content": "sunny"},
-                ],
-                [AMP_WIRE_CALLER, AMP_WIRE_RESULT],
-                id=f"a call as a field: {key}",
+        )
+        for name, entry in {
+            "tool": {"id": "c1", "tool": "get_weather", "arguments": {"city": "Paris"}},
+            "name": {"id": "c1", "name": "get_weather", "arguments": {"city": "Paris"}},
+            "function": AMP_WIRE_CALL,
+            "the kernel's": KernelToolCall(
+                id="c1", name="get_weather", arguments={"city": "Paris"}
+            ),
+        }.items()
+    },
+    "calls that come twice": (
+        [
+            amp_calls(
+                {"id": "c1", "tool": "get_weather", "arguments": {"city": "Paris"}},
+                {"id": "c2", "tool": "add", "arguments": {"a": 1}},
             )
-            for key, entry in {
-                "tool": {"id": "c1", "tool": "get_weather", "arguments": {"city": "Paris"}},
-                "name": {"id": "c1", "name": "get_weather", "arguments": {"city": "Paris"}},
-                "function": AMP_WIRE_CALL,
-                "the kernel's": KernelToolCall(id="c1", name="get_weather", arguments={"city": "Paris"}),
-            }.items()
-        ),
-        pytest.param(
-            [
-                {
-                    "role": "assistant",
-                    "content": [{"type": "text", "text": "Wait."}, AMP_CALL_BLOCK],
-                    "tool_calls": [
-                        {"id": "c1", "tool": "get_weather", "arguments": {"city": "Paris"}},
-                        {"id": "c2", "tool": "add", "arguments": {"a": 1}},
-                    ],
-                },
-                {"role": "tool", "tool_call_id": "c1", "content": "sunny"},
-                {"role": "tool", "tool_call_id": "c2", "name": "add", "content": [{"type": "text", "text": "2"}]},
-            ],
-            [
-                {
-                    "role": "assistant",
-                    "content": "Wait.",
-                    "tool_calls": [
-                        AMP_WIRE_CALL,
-                        {"id": "c2", "type": "function", "function": {"name": "add", "arguments": '{"a": 1}'}},
-                    ],
-                },
-                AMP_WIRE_RESULT,
-                {"role": "tool", "tool_call_id": "c2", "content": "2", "name": "add"},
-            ],
-            id="calls told twice",
-        ),
-        pytest.param(
-            [
-                {"role": "assistant", "content": [AMP_CALL_BLOCK]},
-                {"role": "tool", "content": [{"type": "tool_result", "tool_call_id": "c1", "output": "sunny"}]},
-            ],
-            [AMP_WIRE_CALLER, AMP_WIRE_RESULT],
-            id="a result as a block",
-        ),
-        pytest.param(
-            [
-                {"role": "assistant", "content": [AMP_CALL_BLOCK]},
-                {
-                    "role": "user",
-                    "content": [
-                        {"type": "tool_result", "tool_call_id": "c1", "output": "sunny"},
-                        {"type": "text", "text": "And Rome?"},
-                    ],
-                },
-            ],
-            [AMP_WIRE_CALLER, AMP_WIRE_RESULT, {"role": "user", "content": "And Rome?"}],
-            id="a result in the user's message comes before the words",
-        ),
-        pytest.param(
-            [
-                {"role": "assistant", "content": [AMP_CALL_BLOCK]},
-                {
-                    "role": "tool",
-                    "content": [{"type": "tool_result", "tool_call_id": "c1", "output": {"t": 21, "u": "C"}}],
-                },
-            ],
-            [AMP_WIRE_CALLER, AMP_WIRE_RESULT | {"content": '{"t": 21, "u": "C"}'}],
-            id="a result that is an object",
-        ),
-        pytest.param(
-            [
-                {"role": "assistant", "content": [AMP_CALL_BLOCK]},
-                {
-                    "role": "tool",
-                    "content": [{"type": "tool_result", "tool_call_id": "c1", "output": {"city": "東京"}}],
-                },
-            ],
-            [AMP_WIRE_CALLER, AMP_WIRE_RESULT | {"content": '{"city": "東京"}'}],
-            id="a result in other letters, which the model is to read",
-        ),
-        pytest.param(
-            [
-                {"role": "assistant", "content": [AMP_CALL_BLOCK]},
-                {"role": "tool", "content": [{"type": "tool_result", "tool_call_id": "c1", "output": ["a", {"b": 2}]}]},
-            ],
-            [AMP_WIRE_CALLER, AMP_WIRE_RESULT | {"content": '["a", {"b": 2}]'}],
-            id="a result that is a list, which is no list of parts",
-        ),
-        pytest.param(
-            [
-                {"role": "assistant", "content": [AMP_CALL_BLOCK]},
-                {"role": "tool", "content": [{"type": "tool_result", "tool_call_id": "c1", "output": None}]},
-            ],
-            [AMP_WIRE_CALLER, AMP_WIRE_RESULT | {"content": "null"}],
-            id="a result that is nothing",
-        ),
-        pytest.param(
-            [
-                {"role": "assistant", "content": [AMP_CALL_BLOCK]},
-                {
-                    "role": "tool",
-                    "tool_call_id": "c1",
-                    "content": [
-                        {"type": "text", "text": "sunny"},
-                        {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": "AAAA"}},
-                    ],
-                },
-            ],
-            [
-                AMP_WIRE_CALLER,
-                AMP_WIRE_RESULT
-                | {
-                    "content": [
-                        {"type": "text", "text": "sunny"},
-                        {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}},
-                    ]
-                },
-            ],
-            id="a result with an image, which is no text to read",
-        ),
-        pytest.param(
-            [
-                {"role": "assistant", "content": [AMP_CALL_BLOCK | {"input": {"city": "\ud83d"}}]},
-                {"role": "tool", "tool_call_id": "c1", "content": "sunny"},
-            ],
-            [
-                AMP_WIRE_CALLER
-                | {
-                    "tool_calls": [
-                        AMP_WIRE_CALL | {"function": {"name": "get_weather", "arguments": '{"city": "\\ud83d"}'}}
-                    ]
-                },
-                AMP_WIRE_RESULT,
-            ],
-            id="half a character that the model wrote as an escape must not end the session",
-        ),
-        pytest.param(
-            [
-                {"role": "assistant", "content": [AMP_CALL_BLOCK]},
-                {"role": "function", "tool_call_id": "c1", "name": "get_weather", "content": "sunny"},
-            ],
-            [AMP_WIRE_CALLER, AMP_WIRE_RESULT],
-            id="function, the old name of the role",
-        ),
-    ],
-)
-async def test_amp_messages_as_the_server_gets_them(messages: Any, wire: Any, amp_server: StandIn) -> None:
+            | {"content": [amp_text("Wait."), AMP_CALL_BLOCK]},
+            AMP_RESULT,
+            {"role": "tool", "tool_call_id": "c2", "name": "add", "content": [amp_text("2")]},
+        ],
+        [
+            {
+                "role": "assistant",
+                "content": "Wait.",
+                "tool_calls": [
+                    AMP_WIRE_CALL,
+                    {
+                        "id": "c2",
+                        "type": "function",
+                        "function": {"name": "add", "arguments": '{"a": 1}'},
+                    },
+                ],
+            },
+            AMP_WIRE_RESULT,
+            {"role": "tool", "tool_call_id": "c2", "content": "2", "name": "add"},
+        ],
+    ),
+    **{
+        f"a result as a block: {name}": (
+            [AMP_CALLER, amp_result_block(output)],
+            [AMP_WIRE_CALLER, AMP_WIRE_RESULT | {"content": content}],
+        )
+        for name, (output, content) in {
+            "a text": ("sunny", "sunny"),
+            "an object": ({"t": 21, "u": "C"}, '{"t": 21, "u": "C"}'),
+            "other letters, which the model is to read": ({"city": "東京"}, '{"city": "東京"}'),
+            "a list, which is no list of parts": (["a", {"b": 2}], '["a", {"b": 2}]'),
+            "nothing": (None, "null"),
+        }.items()
+    },
+    "a result in the user's message comes before the text": (
+        [AMP_CALLER, amp_user([*amp_result_block("sunny")["content"], amp_text("And Rome?")])],
+        [AMP_WIRE_CALLER, AMP_WIRE_RESULT, AMP_ACKNOWLEDGED, amp_user("And Rome?")],
+    ),
+    "a result with an image, which is no text to read": (
+        [AMP_CALLER, AMP_RESULT | {"content": [amp_text("sunny"), AMP_IMAGE]}],
+        [AMP_WIRE_CALLER, AMP_WIRE_RESULT | {"content": [amp_text("sunny"), AMP_WIRE_IMAGE]}],
+    ),
+    "a lone surrogate that the model wrote as an escape": (
+        [
+            {"role": "assistant", "content": [AMP_CALL_BLOCK | {"input": {"city": "\ud83d"}}]},
+            AMP_RESULT,
+        ],
+        [
+            amp_calls(
+                AMP_WIRE_CALL
+                | {"function": {"name": "get_weather", "arguments": '{"city": "\\ud83d"}'}}
+            ),
+            AMP_WIRE_RESULT,
+        ],
+    ),
+    "function, the old name of the role": (
+        [AMP_CALLER, AMP_RESULT | {"role": "function", "name": "get_weather"}],
+        [AMP_WIRE_CALLER, AMP_WIRE_RESULT],
+    ),
+    "system messages at the beginning are one": (
+        [amp_system("A"), amp_system([amp_text("B")], "developer"), amp_system(""), AMP_USER],
+        [amp_system("A\n\nB"), AMP_USER],
+    ),
+    "a later one joins the user message before it": (
+        [AMP_USER, amp_system("A"), amp_system("B", "developer"), AMP_REPLY],
+        [amp_user(f"Hi\n\n{amp_reminder('A')}\n\n{amp_reminder('B')}"), AMP_REPLY],
+    ),
+    "or the one after it": (
+        [AMP_USER, AMP_REPLY, amp_system("A"), amp_user("Bye")],
+        [AMP_USER, AMP_REPLY, amp_user(f"{amp_reminder('A')}\n\nBye")],
+    ),
+    "or is one": (
+        [AMP_USER, AMP_REPLY, amp_system("A"), AMP_REPLY],
+        [AMP_USER, AMP_REPLY, amp_user(amp_reminder("A")), AMP_REPLY],
+    ),
+    "one that has its tags keeps them": (
+        [AMP_USER, amp_system('<system-reminder source="x">A</system-reminder>')],
+        [amp_user('Hi\n\n<system-reminder source="x">A</system-reminder>')],
+    ),
+    "one beside an image": (
+        [amp_user([AMP_IMAGE]), amp_system("A")],
+        [amp_user([AMP_WIRE_IMAGE, amp_text(amp_reminder("A"))])],
+    ),
+    "one between a call and its result": (
+        [AMP_CALLER, amp_system("A"), AMP_RESULT],
+        [AMP_WIRE_CALLER, AMP_WIRE_RESULT, AMP_ACKNOWLEDGED, amp_user(amp_reminder("A"))],
+    ),
+    "a result directly followed by the user": (
+        [AMP_CALLER, AMP_RESULT, AMP_USER],
+        [AMP_WIRE_CALLER, AMP_WIRE_RESULT, AMP_ACKNOWLEDGED, AMP_USER],
+    ),
+    "a result without its call becomes text": (
+        [AMP_USER, AMP_RESULT, AMP_REPLY],
+        [
+            amp_user("Hi\n\n[Result of the tool call c1, which is not in the history]\n\nsunny"),
+            AMP_REPLY,
+        ],
+    ),
+    "ids that repeat": (
+        [AMP_CALLER, AMP_RESULT | {"content": "1"}, AMP_CALLER, AMP_RESULT | {"content": "2"}],
+        [
+            AMP_WIRE_CALLER,
+            AMP_WIRE_RESULT | {"content": "1"},
+            AMP_WIRE_CALLER,
+            AMP_WIRE_RESULT | {"content": "2"},
+        ],
+    ),
+    "ids that repeat, a result missing in between": (
+        [AMP_CALLER, AMP_REPLY, AMP_CALLER, AMP_RESULT],
+        [
+            AMP_WIRE_CALLER,
+            AMP_WIRE_RESULT | {"content": AMP_MISSING},
+            AMP_REPLY,
+            AMP_WIRE_CALLER,
+            AMP_WIRE_RESULT,
+        ],
+    ),
+    "a result that comes twice": (
+        [AMP_CALLER, AMP_RESULT, AMP_RESULT],
+        [
+            *(AMP_WIRE_CALLER, AMP_WIRE_RESULT, AMP_ACKNOWLEDGED),
+            amp_user("[Result of the tool call c1, which is not in the history]\n\nsunny"),
+        ],
+    ),
+}
+
+
+@amp_cases(("messages", "wire"), AMP_MESSAGES)
+async def test_amp_messages_as_the_server_gets_them(messages, wire, amp_server):
     host = await amp_mount(amp_server, use_completions=False)
     request = ChatRequest(messages=[Message(**message) for message in messages])
     before = request.model_dump()
     await host.provider.complete(request)
     assert amp_bodies(amp_server) == [
-        {"model": MODEL, "messages": wire, "stream": True, "stream_options": {"include_usage": True}}
+        {
+            "model": MODEL,
+            "messages": wire,
+            "stream": True,
+            "stream_options": {"include_usage": True},
+        }
     ]
     assert request.model_dump() == before
     assert amp_paths(amp_server) == ["/v1/chat/completions"]
@@ -7092,8 +11017,7 @@ AMP_ORPHANS = [
 ]
 
 
-@pytest.mark.asyncio
-async def test_amp_orphaned_calls_are_repaired_always_and_announced_once(amp_server: StandIn) -> None:
+async def test_amp_orphaned_calls_are_repaired_always_and_announced_once(amp_server):
     host = await amp_mount(amp_server, use_completions=False)
     request = ChatRequest(messages=[Message(**message) for message in AMP_ORPHANS])
     before = request.model_dump()
@@ -7103,25 +11027,25 @@ async def test_amp_orphaned_calls_are_repaired_always_and_announced_once(amp_ser
     first, second = (body["messages"] for body in amp_bodies(amp_server))
     assert first == second
     assert [(one["role"], one.get("tool_call_id")) for one in first] == [
-        *(("user", None), ("assistant", None), ("tool", "c1"), ("tool", "c2"), ("user", None))
+        *(
+            ("user", None),
+            ("assistant", None),
+            ("tool", "c1"),
+            ("tool", "c2"),
+            ("assistant", None),
+            ("user", None),
+        )
     ]
     assert first[2]["name"] == "get_weather"
-    assert first[2]["content"].startswith("[SYSTEM ERROR: Tool result missing from conversation history] ")
+    assert first[2]["content"] == AMP_MISSING
     assert first[3] == {"role": "tool", "tool_call_id": "c2", "content": "2", "name": "add"}
-    repaired = {"provider": "vllm", "repair_count": 1, "repairs": [{"tool_call_id": "c1", "tool_name": "get_weather"}]}
+    repaired = {
+        "provider": "vllm",
+        "repair_count": 1,
+        "repairs": [{"tool_call_id": "c1", "tool_name": "get_weather"}],
+    }
     assert host.payloads("provider:tool_sequence_repaired") == [repaired]
     assert host.names()[0] == "provider:tool_sequence_repaired"
-
-
-@pytest.mark.asyncio
-async def test_amp_result_before_its_call_is_no_answer(amp_server: StandIn) -> None:
-    host = await amp_mount(amp_server, use_completions=False)
-    result = {"role": "tool", "tool_call_id": "c1", "content": "sunny"}
-    messages = [AMP_USER, {"role": "assistant", "content": [AMP_CALL_BLOCK]}, result]
-    messages += [{"role": "assistant", "content": [AMP_CALL_BLOCK]}]
-    await host.provider.complete(ChatRequest(messages=[Message(**message) for message in messages]))
-    contents = [one["content"] for one in amp_bodies(amp_server)[0]["messages"] if one["role"] == "tool"]
-    assert [content.startswith("[SYSTEM ERROR") for content in contents] == [False, True]
 
 
 # ---- Amplifier: every field and every keyword -------------------------------
@@ -7130,146 +11054,156 @@ async def test_amp_result_before_its_call_is_no_answer(amp_server: StandIn) -> N
 AMP_SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}}
 
 
-@pytest.mark.asyncio
-@pytest.mark.parametrize(
-    ("config", "fields", "keywords", "added"),
-    [
-        pytest.param({}, {}, {}, {}, id="nothing"),
-        pytest.param({}, {"temperature": 0.0}, {}, {"temperature": 0.0}, id="temperature 0 is a value"),
-        pytest.param({}, {"top_p": 0.5}, {}, {"top_p": 0.5}, id="top_p"),
-        pytest.param({}, {"max_output_tokens": 9}, {}, {"max_tokens": 9}, id="max_output_tokens"),
-        pytest.param({}, {"stop": ["X"]}, {}, {"stop": ["X"]}, id="stop"),
-        pytest.param({}, {"model": MODEL}, {}, {}, id="model"),
-        pytest.param({}, {"reasoning_effort": "low"}, {}, {"reasoning_effort": "low"}, id="reasoning_effort"),
-        pytest.param(
-            {},
-            {"stream": False, "conversation_id": "c", "metadata": {"a": 1}, "timeout": 60.0},
-            {},
-            {},
-            id="ours alone",
-        ),
-        pytest.param(
-            {},
-            {},
-            {"stream": False, "conversation_id": "c", "metadata": {"a": 1}, "timeout": 60.0},
-            {},
-            id="ours as keywords",
-        ),
-        pytest.param({}, {"top_k": 5, "seed": 1}, {}, {"top_k": 5, "seed": 1}, id="extras of the request"),
-        pytest.param({}, {"logprobs": 2}, {}, {"logprobs": True, "top_logprobs": 2}, id="logprobs as an extra"),
-        pytest.param({}, {"tools": [AMP_TOOL]}, {}, {"tools": [AMP_WIRE_TOOL]}, id="tools"),
-        pytest.param({}, {"tools": []}, {}, {}, id="an empty list of tools is a 400"),
-        pytest.param(
-            {},
-            {"tools": [ToolSpec(name="f", parameters={}, strict=True)]},
-            {},
-            {"tools": [{"type": "function", "function": {"name": "f", "parameters": {}, "strict": True}}]},
-            id="a tool's extras",
-        ),
-        pytest.param(
-            {},
-            {"tools": [AMP_TOOL], "tool_choice": "required"},
-            {},
-            {"tools": [AMP_WIRE_TOOL], "tool_choice": "required"},
-            id="tool_choice",
-        ),
-        pytest.param({}, {"tool_choice": "auto"}, {}, {}, id="tool_choice without tools is a 400"),
-        pytest.param({}, {"response_format": ResponseFormatText()}, {}, {}, id="format text"),
-        pytest.param(
-            {},
-            {"response_format": ResponseFormatJson()},
-            {},
-            {"response_format": {"type": "json_object"}},
-            id="format json",
-        ),
-        pytest.param(
+def amp_schema_format(**fields: Any) -> dict[str, Any]:
+    return {
+        "response_format": {"type": "json_schema", "json_schema": {**fields, "schema": AMP_SCHEMA}}
+    }
+
+
+def amp_switches(**switches: Any) -> dict[str, Any]:
+    return {"chat_template_kwargs": {"thinking": False, **switches}}
+
+
+AMP_ALL_SETTINGS = {
+    "temperature": 0.1,
+    "max_tokens": 1,
+    "stop": "A",
+    "reasoning_effort": "high",
+    "logprobs": 1,
+}
+AMP_OURS_ALONE = {"stream": False, "conversation_id": "c", "metadata": {"a": 1}, "timeout": 60.0}
+AMP_FIELDS: dict[
+    str, tuple[Any, ...]
+] = {  # configuration, fields of the request, keywords, what they add to the body
+    "nothing": ({}, {}, {}, {}),
+    "temperature 0 is a value": ({}, {"temperature": 0.0}, {}, {"temperature": 0.0}),
+    "top_p": ({}, {"top_p": 0.5}, {}, {"top_p": 0.5}),
+    "max_output_tokens": ({}, {"max_output_tokens": 9}, {}, {"max_tokens": 9}),
+    "stop": ({}, {"stop": ["X"]}, {}, {"stop": ["X"]}),
+    "model": ({}, {"model": MODEL}, {}, {}),
+    "reasoning_effort": ({}, {"reasoning_effort": "low"}, {}, {"reasoning_effort": "low"}),
+    "Microsoft's name of it as a setting": (
+        {"reasoning": "low"},
+        {},
+        {},
+        {"reasoning_effort": "low"},
+    ),
+    "and as a keyword": (
+        {"reasoning": "low"},
+        {},
+        {"reasoning": "high"},
+        {"reasoning_effort": "high"},
+    ),
+    "ours alone": ({}, AMP_OURS_ALONE, {}, {}),
+    "ours as keywords": ({}, {}, AMP_OURS_ALONE, {}),
+    "extras of the request": ({}, {"top_k": 5, "seed": 1}, {}, {"top_k": 5, "seed": 1}),
+    "logprobs as an extra": ({}, {"logprobs": 2}, {}, {"logprobs": True, "top_logprobs": 2}),
+    "tools": ({}, {"tools": [AMP_TOOL]}, {}, {"tools": [AMP_WIRE_TOOL]}),
+    "tools as dicts": ({}, {}, {"tools": [AMP_WIRE_TOOL["function"]]}, {"tools": [AMP_WIRE_TOOL]}),
+    "tools as vLLM has them": ({}, {}, {"tools": [AMP_WIRE_TOOL]}, {"tools": [AMP_WIRE_TOOL]}),
+    "an empty list of tools is a 400": ({}, {"tools": []}, {}, {}),
+    "a tool's extras": (
+        *({}, {"tools": [ToolSpec(name="f", parameters={}, strict=True)]}, {}),
+        {
+            "tools": [
+                {"type": "function", "function": {"name": "f", "parameters": {}, "strict": True}}
+            ]
+        },
+    ),
+    "tool_choice": (
+        *({}, {"tools": [AMP_TOOL], "tool_choice": "required"}, {}),
+        {"tools": [AMP_WIRE_TOOL], "tool_choice": "required"},
+    ),
+    "tool_choice without tools is a 400": ({}, {"tool_choice": "auto"}, {}, {}),
+    "format text": ({}, {"response_format": ResponseFormatText()}, {}, {}),
+    "format json": (
+        {},
+        {"response_format": ResponseFormatJson()},
+        {},
+        {"response_format": {"type": "json_object"}},
+    ),
+    "format json_schema, bare": (
+        *(
             {},
             {"response_format": ResponseFormatJsonSchema(json_schema=AMP_SCHEMA, strict=True)},
             {},
-            {
-                "response_format": {
-                    "type": "json_schema",
-                    "json_schema": {"name": "response", "strict": True, "schema": AMP_SCHEMA},
-                }
-            },
-            id="format json_schema, bare",
         ),
-        pytest.param(
+        amp_schema_format(name="response", strict=True),
+    ),
+    "format json_schema, with its name around it": (
+        {},
+        {
+            "response_format": ResponseFormatJsonSchema(
+                json_schema={"name": "answer", "schema": AMP_SCHEMA}
+            )
+        },
+        {},
+        amp_schema_format(name="answer"),
+    ),
+    "keywords": ({}, {}, {"temperature": 0.5, "top_k": 3}, {"temperature": 0.5, "top_k": 3}),
+    "the kernel's name as a keyword": ({}, {}, {"max_output_tokens": 4}, {"max_tokens": 4}),
+    "thinking is the template's default": ({}, {}, {"extended_thinking": True}, {}),
+    **{
+        f"thinking off: {value!r}": (
             {},
-            {"response_format": ResponseFormatJsonSchema(json_schema={"name": "answer", "schema": AMP_SCHEMA})},
             {},
-            {"response_format": {"type": "json_schema", "json_schema": {"name": "answer", "schema": AMP_SCHEMA}}},
-            id="format json_schema, with its name around it",
-        ),
-        pytest.param({}, {}, {"temperature": 0.5, "top_k": 3}, {"temperature": 0.5, "top_k": 3}, id="keywords"),
-        pytest.param({}, {}, {"max_output_tokens": 4}, {"max_tokens": 4}, id="the kernel's name as a keyword"),
-        pytest.param({}, {}, {"extended_thinking": True}, {}, id="thinking is the template's default"),
-        pytest.param(
-            {},
-            {},
-            {"extended_thinking": False},
-            {"chat_template_kwargs": {"enable_thinking": False, "thinking": False}},
-            id="thinking off",
-        ),
-        pytest.param(
+            {"extended_thinking": value},
+            amp_switches(enable_thinking=False),
+        )
+        for value in (False, "false")
+    },
+    "thinking off, but the template is told otherwise": (
+        *(
             {},
             {"chat_template_kwargs": {"enable_thinking": True, "a": 1}},
             {"extended_thinking": False},
-            {"chat_template_kwargs": {"enable_thinking": True, "thinking": False, "a": 1}},
-            id="thinking off, but the template told otherwise",
         ),
-        pytest.param(
-            {"temperature": 0.1, "max_tokens": 1, "stop": "A", "reasoning_effort": "high", "logprobs": 1},
-            {},
-            {},
-            {
-                "temperature": 0.1,
-                "max_tokens": 1,
-                "stop": "A",
-                "reasoning_effort": "high",
-                "logprobs": True,
-                "top_logprobs": 1,
-            },
-            id="the configuration's",
-        ),
-        pytest.param(
-            {"temperature": 0.1, "max_tokens": 1, "stop": "A", "reasoning_effort": "high", "logprobs": 1},
-            {"temperature": 0.2, "max_output_tokens": 2, "stop": ["B"], "reasoning_effort": "low"},
-            {"temperature": 0.3, "logprobs": 3},
-            {
-                "temperature": 0.3,
-                "max_tokens": 2,
-                "stop": ["B"],
-                "reasoning_effort": "low",
-                "logprobs": True,
-                "top_logprobs": 3,
-            },
-            id="configuration < request < keyword",
-        ),
-        pytest.param(
-            {"temperature": 0.1},
-            {"temperature": 0.2},
-            {"temperature": None},
-            {"temperature": 0.2},
-            id="None is not given",
-        ),
-        pytest.param(
-            {}, {"max_output_tokens": 10}, {"max_tokens": 5}, {"max_tokens": 5}, id="vLLM's name as a keyword wins"
-        ),
-        pytest.param({"extra_body": {"top_k": 9}}, {"top_k": 5}, {}, {"top_k": 9}, id="extra_body comes last"),
-    ],
-)
-async def test_amp_fields_as_the_server_gets_them(
-    config: Any, fields: Any, keywords: Any, added: Any, amp_server: StandIn
-) -> None:
+        amp_switches(enable_thinking=True, a=1),
+    ),
+    "the configuration's": (
+        AMP_ALL_SETTINGS,
+        {},
+        {},
+        AMP_ALL_SETTINGS | {"logprobs": True, "top_logprobs": 1},
+    ),
+    "configuration < request < keyword": (
+        AMP_ALL_SETTINGS,
+        {"temperature": 0.2, "max_output_tokens": 2, "stop": ["B"], "reasoning_effort": "low"},
+        {"temperature": 0.3, "logprobs": 3},
+        {"temperature": 0.3, "max_tokens": 2, "stop": ["B"], "reasoning_effort": "low"}
+        | {"logprobs": True, "top_logprobs": 3},
+    ),
+    "None is not given": (
+        {"temperature": 0.1},
+        {"temperature": 0.2},
+        {"temperature": None},
+        {"temperature": 0.2},
+    ),
+    "vLLM's name as a keyword wins": (
+        {},
+        {"max_output_tokens": 10},
+        {"max_tokens": 5},
+        {"max_tokens": 5},
+    ),
+    "and the newer one too": (
+        {},
+        {"max_output_tokens": 10},
+        {"max_completion_tokens": 5},
+        {"max_completion_tokens": 5},
+    ),
+    "extra_body comes last": ({"extra_body": {"top_k": 9}}, {"top_k": 5}, {}, {"top_k": 9}),
+}
+
+
+@amp_cases(("config", "fields", "keywords", "added"), AMP_FIELDS)
+async def test_amp_fields_as_the_server_gets_them(config, fields, keywords, added, amp_server):
     host = await amp_mount(amp_server, use_completions=False, **config)
     await host.provider.complete(amp_ask("Hello", **fields), **keywords)
     wire = {"model": MODEL, "messages": [{"role": "user", "content": "Hello"}], "stream": True}
     assert amp_bodies(amp_server) == [wire | {"stream_options": {"include_usage": True}} | added]
 
 
-@pytest.mark.asyncio
-async def test_amp_model_of_the_call_is_sent_and_told(amp_server: StandIn) -> None:
+async def test_amp_model_of_the_call_is_sent_and_told(amp_server):
     amp_server.script(amp_chat({"content": "A"}), amp_chat({"content": "B"}))
     host = await amp_mount(amp_server, use_completions=False)
     await host.provider.complete(amp_ask("Hello", model="of-the-request"))
@@ -7280,8 +11214,7 @@ async def test_amp_model_of_the_call_is_sent_and_told(amp_server: StandIn) -> No
     assert [payload["model"] for payload in host.payloads("llm:response")] == wanted
 
 
-@pytest.mark.asyncio
-async def test_amp_timeout_of_the_request_is_the_calls(amp_server: StandIn) -> None:
+async def test_amp_timeout_of_the_request_is_the_calls(amp_server):
     amp_server.script(stall())
     host = await amp_mount(amp_server, use_completions=False, max_retries=0)
     started = time.monotonic()
@@ -7292,69 +11225,55 @@ async def test_amp_timeout_of_the_request_is_the_calls(amp_server: StandIn) -> N
     await amp_is_quiet(amp_server, gone=1)
 
 
-@pytest.mark.asyncio
-async def test_amp_deadline_counts_retries_and_their_pauses(amp_server: StandIn) -> None:
+async def test_amp_deadline_counts_retries_and_their_pauses(amp_server):
     amp_server.script(*[reply(503, "busy", {"Retry-After": "10"})] * 4)
     host = await amp_mount(amp_server, use_completions=False)
     started = time.monotonic()
     with pytest.raises(llm_errors.LLMTimeoutError, match=r"deadline"):
-        await host.provider.complete(amp_ask("Hello"), deadline=0.3)
+        await amp_hello(host, deadline=0.3)
     assert time.monotonic() - started < AMP_IN_TIME_S
 
 
-@pytest.mark.asyncio
-async def test_amp_deadline_counts_questions_on_the_side(amp_server: StandIn) -> None:
+async def test_amp_deadline_counts_questions_on_the_side(amp_server):
     amp_server.script(*[stall()] * 4)
     host = await amp_mount(amp_server, default_model=None, context_window=None)
     started = time.monotonic()
     with pytest.raises(llm_errors.LLMTimeoutError):
-        await host.provider.complete(amp_ask("Hello"), deadline=0.3)
+        await amp_hello(host, deadline=0.3)
     assert time.monotonic() - started < AMP_IN_TIME_S
 
 
-@pytest.mark.asyncio
-@pytest.mark.parametrize(
+@amp_cases(
     ("config", "keywords"),
-    [
-        pytest.param({}, {"prompt_logprobs": 1}, id="keyword"),
-        pytest.param({}, {"extra_body": {"prompt_logprobs": 1}}, id="extra_body of the call"),
-        pytest.param({"extra_body": {"prompt_logprobs": 1}}, {}, id="extra_body of the configuration"),
-    ],
+    {
+        "keyword": ({}, {"prompt_logprobs": 1}),
+        "extra_body of the call": ({}, {"extra_body": {"prompt_logprobs": 1}}),
+        "extra_body of the configuration": ({"extra_body": {"prompt_logprobs": 1}}, {}),
+    },
 )
-async def test_amp_what_vllm_does_not_stream_is_not_streamed(config: Any, keywords: Any, amp_server: StandIn) -> None:
+async def test_amp_what_vllm_does_not_stream_is_not_streamed(config, keywords, amp_server):
     host = await amp_mount(amp_server, use_completions=False, **config)
-    response = await host.provider.complete(amp_ask("Hello"), **keywords)
+    response = await amp_hello(host, **keywords)
     [body] = amp_bodies(amp_server)
     assert body["prompt_logprobs"] == 1
     assert "stream" not in body
     assert "stream_options" not in body
-    assert response.text == "\n\nHello! How can I help you today?"
+    assert response.text == AMP_HELLO
     assert "llm:stream_block_delta" in host.names()
 
 
-@pytest.mark.asyncio
-@pytest.mark.parametrize("named", [True, False], ids=["as-vllm-has-it", "bare"])
-async def test_amp_tools_may_be_dicts(named: bool, amp_server: StandIn) -> None:
-    function = {"name": "get_weather", "parameters": {"type": "object", "properties": {}}}
-    tool = {"type": "function", "function": function} if named else function
+@pytest.mark.parametrize("value", [False, "false", True, "true"])
+async def test_amp_use_completions_is_also_a_keyword(value, amp_server):
+    is_used = str(value).lower() == "true"
+    host = await amp_mount(amp_server, use_completions=not is_used)
+    await amp_hello(host, use_completions=value)
+    assert amp_paths(amp_server)[-1] == ("/v1/completions" if is_used else "/v1/chat/completions")
+    assert "use_completions" not in amp_bodies(amp_server)[0]
+
+
+async def test_amp_reasoning_that_is_not_wanted_is_for_the_server_to_leave_out(amp_server):
     host = await amp_mount(amp_server)
-    await host.provider.complete(amp_ask("Hello"), tools=[tool])
-    assert amp_bodies(amp_server)[0]["tools"] == [{"type": "function", "function": function}]
-
-
-@pytest.mark.asyncio
-async def test_amp_either_name_of_max_tokens_replaces_the_other(amp_server: StandIn) -> None:
-    host = await amp_mount(amp_server, use_completions=False)
-    with request_options(max_completion_tokens=5):
-        await host.provider.complete(amp_ask("Hello"), max_tokens=2)
-    (body,) = amp_bodies(amp_server)
-    assert (body["max_tokens"], "max_completion_tokens" in body) == (2, False)
-
-
-@pytest.mark.asyncio
-async def test_amp_reasoning_that_is_not_wanted_is_for_the_server_to_leave_out(amp_server: StandIn) -> None:
-    host = await amp_mount(amp_server)
-    response = await host.provider.complete(amp_ask("Hello"), include_reasoning=False)
+    response = await amp_hello(host, include_reasoning=False)
     assert response.degradation.reason == "include_reasoning"
     assert amp_bodies(amp_server)[0]["include_reasoning"] is False
 
@@ -7362,14 +11281,13 @@ async def test_amp_reasoning_that_is_not_wanted_is_for_the_server_to_leave_out(a
 # ---- Amplifier: options carried through a session ---------------------------
 
 
-@pytest.mark.asyncio
-async def test_amp_request_options_lie_between_configuration_and_request(amp_server: StandIn) -> None:
+async def test_amp_request_options_lie_between_configuration_and_request(amp_server):
     host = await amp_mount(amp_server, use_completions=False, temperature=0.1, seed=1)
     with request_options(temperature=0.2, top_p=0.2, max_output_tokens=2) as calls:
-        await host.provider.complete(amp_ask("Hello"))
+        await amp_hello(host)
         await host.provider.complete(amp_ask("Hello", top_p=0.3, max_output_tokens=3))
         await host.provider.complete(amp_ask("Hello", top_p=0.3, max_tokens=3), top_p=0.4)
-    await host.provider.complete(amp_ask("Hello"))
+    await amp_hello(host)
     names = ("temperature", "top_p", "max_tokens", "seed")
     assert [tuple(body.get(name) for name in names) for body in amp_bodies(amp_server)] == [
         *((0.2, 0.2, 2, 1), (0.2, 0.3, 3, 1), (0.2, 0.4, 3, 1), (0.1, None, None, 1))
@@ -7377,13 +11295,12 @@ async def test_amp_request_options_lie_between_configuration_and_request(amp_ser
     assert [type(call) for call in calls] == [Completion] * 3
 
 
-@pytest.mark.asyncio
-async def test_amp_request_options_nest(amp_server: StandIn) -> None:
+async def test_amp_request_options_nest(amp_server):
     host = await amp_mount(amp_server, use_completions=False)
     with request_options(logprobs=1, seed=1) as outer:
         with request_options(logprobs=2) as inner:
-            await host.provider.complete(amp_ask("Hello"))
-        await host.provider.complete(amp_ask("Hello"))
+            await amp_hello(host)
+        await amp_hello(host)
     bodies = amp_bodies(amp_server)
     assert [(body["top_logprobs"], body["seed"]) for body in bodies] == [(2, 1), (1, 1)]
     assert (len(outer), len(inner)) == (2, 1)
@@ -7412,22 +11329,30 @@ class AmpContext:
 
 
 class AmpLoop:
-    """The smallest orchestrator: asks the provider, runs its calls, and asks again; stores messages as others do."""
+    """The smallest orchestrator: asks the provider, runs its calls, and asks again."""
 
-    async def execute(self, prompt: str, context: Any, providers: Any, tools: Any, hooks: Any, **_: Any) -> str:
+    async def execute(
+        self, prompt: str, context: Any, providers: Any, tools: Any, hooks: Any, **_: Any
+    ) -> str:
         await context.add_message({"role": "user", "content": prompt})
         [provider] = providers.values()
-        specs = [ToolSpec(name=tool.name, parameters=tool.input_schema) for tool in tools.values()] or None
+        specs = [
+            ToolSpec(name=tool.name, parameters=tool.input_schema) for tool in tools.values()
+        ] or None
         for _round in range(3):
             messages = [Message(**message) for message in await context.get_messages_for_request()]
             response = await provider.complete(ChatRequest(messages=messages, tools=specs))
             calls = provider.parse_tool_calls(response)
-            told = [{"id": call.id, "tool": call.name, "arguments": call.arguments} for call in calls]
+            told = [
+                {"id": call.id, "tool": call.name, "arguments": call.arguments} for call in calls
+            ]
             content = [block.model_dump() for block in response.content]
             await context.add_message({"role": "assistant", "content": content, "tool_calls": told})
             for call in calls:
                 result = await tools[call.name].execute(call.arguments)
-                await context.add_message({"role": "tool", "tool_call_id": call.id, "content": result})
+                await context.add_message(
+                    {"role": "tool", "tool_call_id": call.id, "content": result}
+                )
             if not calls:
                 return str(response.text)
         raise AssertionError("the model did not stop calling")
@@ -7441,10 +11366,14 @@ class AmpWeather:
 
 
 @contextlib.asynccontextmanager
-async def amp_session(monkeypatch: pytest.MonkeyPatch, url: str, *tools: Any, **instances: Any) -> Any:
-    """Yield a real session that has loaded the provider by its module id; `instances`: name and configuration."""
+async def amp_session(
+    monkeypatch: pytest.MonkeyPatch, url: str, *tools: Any, **instances: Any
+) -> Any:
+    """Yield a real session that has loaded the provider; `instances`: name and configuration."""
 
-    def module(module_id: str, kind: str, point: str, make: Callable[[], Any], **named: Any) -> None:
+    def module(
+        module_id: str, kind: str, point: str, make: Callable[[], Any], **named: Any
+    ) -> None:
         async def mount_it(coordinator: Any, config: Any = None) -> None:
             await coordinator.mount(point, make(), **named)
 
@@ -7471,13 +11400,12 @@ async def amp_session(monkeypatch: pytest.MonkeyPatch, url: str, *tools: Any, **
         yield session
     finally:
         await session.cleanup()
-        await asyncio.sleep(0.01)  # a process that ends right after its last call into the kernel can crash there
+        await asyncio.sleep(
+            0.01
+        )  # a process that ends right after its last call into the kernel can crash there
 
 
-@pytest.mark.asyncio
-async def test_amp_session_loads_it_finds_its_limits_and_answers(
-    amp_server: StandIn, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_amp_session_loads_it_finds_its_limits_and_answers(amp_server, monkeypatch):
     async with amp_session(monkeypatch, amp_server.url) as session:
         [(name, provider)] = session.coordinator.get("providers").items()
         assert (name, type(provider)) == ("vllm", VLLMProvider)
@@ -7486,22 +11414,108 @@ async def test_amp_session_loads_it_finds_its_limits_and_answers(
     assert amp_paths(amp_server) == ["/v1/models", "/tokenize", "/v1/completions"]
 
 
-@pytest.mark.asyncio
-async def test_amp_session_with_several_instances(amp_server: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+class AmpInjectingLoop(AmpLoop):
+    """An orchestrator whose hooks inject system messages, as the default bundle's do."""
+
+    async def execute(self, prompt: str, context: Any, **options: Any) -> str:
+        if not context.messages:
+            await context.add_message(amp_system("You are a parrot."))
+            await context.add_message(amp_system("Be brief.", "developer"))
+        answer = await super().execute(prompt, context, **options)
+        await context.add_message(amp_system("The user is in Rome."))
+        return answer
+
+
+@pytest.mark.parametrize("use_completions", [True, False], ids=["completions", "chat"])
+async def test_amp_session_with_system_messages_on_a_strict_template(use_completions, monkeypatch):
+    monkeypatch.setattr(sys.modules[__name__], "AmpLoop", AmpInjectingLoop)
+    with StandIn(strict=True) as server:
+        async with amp_session(
+            monkeypatch, server.url, vllm={"use_completions": use_completions}
+        ) as session:
+            answers = [await session.execute("What is 2+2?") for _ in range(2)]
+        first, second = amp_bodies(server, "tokenize" if use_completions else "completions")
+        prompts = [VLLMClient(server.url).tokenize(body["messages"]) for body in (first, second)]
+        texts = [VLLMClient(server.url).detokenize(prompt) for prompt in prompts]
+    assert all(answers)
+    assert first["messages"] == [
+        amp_system("You are a parrot.\n\nBe brief."),
+        amp_user("What is 2+2?"),
+    ]
+    assert second["messages"][-1] == amp_user(
+        f"{amp_reminder('The user is in Rome.')}\n\nWhat is 2+2?"
+    )
+    assert texts[1].startswith(texts[0])  # so that the server's prefix cache is used
+
+
+AMP_STRICT = {
+    "a late system message": [AMP_USER, amp_system("A"), AMP_USER],
+    "a result without a call": [AMP_USER, AMP_RESULT, AMP_USER],
+    "a result directly followed by the user": [AMP_USER, AMP_CALLER, AMP_RESULT, AMP_USER],
+    "a late system message after a result": [AMP_USER, AMP_CALLER, AMP_RESULT, amp_system("A")],
+    "ids that repeat": [
+        AMP_USER,
+        AMP_CALLER,
+        AMP_RESULT,
+        AMP_REPLY,
+        AMP_USER,
+        AMP_CALLER,
+        AMP_USER,
+    ],
+    "a result that comes late": [AMP_USER, AMP_CALLER, AMP_USER, AMP_RESULT],
+}
+
+
+@amp_cases("messages", AMP_STRICT)
+async def test_amp_history_suits_a_strict_template(messages):
+    with StandIn(strict=True) as server:
+        request = ChatRequest(messages=[Message(**message) for message in messages])
+        provider = VLLMProvider(server.url, config={"use_completions": False})
+        assert (await provider.complete(request)).finish_reason == "stop"
+        sent = [
+            (one["role"], one["role"] == "tool" or "tool_calls" in one)
+            for one in amp_bodies(server)[0]["messages"]
+        ]
+    plain = [
+        role for role, is_tool in sent if not is_tool
+    ]  # Mistral's template counts these, which take turns
+    assert plain == [("user", "assistant")[number % 2] for number in range(len(plain))]
+
+
+async def test_amp_instances_of_a_session_ask_their_servers_once(amp_server, monkeypatch):
     with StandIn() as other:
-        slow = {"base_url": other.url, "priority": 200, "temperature": 0.5, "use_completions": False}
+        instances = {"a": {}, "b": {"base_url": other.url}}
+        async with amp_session(monkeypatch, amp_server.url, **instances) as session:
+            for _ in range(2):
+                await on_session_ready(session.coordinator)
+        assert (amp_paths(amp_server), amp_paths(other)) == (["/v1/models"], ["/v1/models"])
+
+
+async def test_amp_session_with_several_instances(amp_server, monkeypatch):
+    with StandIn() as other:
+        slow = {
+            "base_url": other.url,
+            "priority": 200,
+            "temperature": 0.5,
+            "use_completions": False,
+        }
         async with amp_session(monkeypatch, amp_server.url, fast={}, slow=slow) as session:
             providers = session.coordinator.get("providers")
-            assert {name: provider.priority for name, provider in providers.items()} == {"fast": 100, "slow": 200}
+            assert {name: provider.priority for name, provider in providers.items()} == {
+                "fast": 100,
+                "slow": 200,
+            }
             for provider in providers.values():
                 assert (await provider.complete(amp_ask("Hello"))).finish_reason == "stop"
     assert amp_paths(amp_server)[-2:] == ["/tokenize", "/v1/completions"]
     assert amp_paths(other)[-1] == "/v1/chat/completions"
-    assert [body.get("temperature") for body in amp_bodies(amp_server) + amp_bodies(other)] == [None, 0.5]
+    assert [body.get("temperature") for body in amp_bodies(amp_server) + amp_bodies(other)] == [
+        None,
+        0.5,
+    ]
 
 
-@pytest.mark.asyncio
-async def test_amp_session_runs_tools(amp_server: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_amp_session_runs_tools(amp_server, monkeypatch):
     async with amp_session(monkeypatch, amp_server.url, AmpWeather) as session:
         answer = await session.execute("What is the weather in Paris and Rome?")
     assert answer.strip() == "It is sunny in Paris, 21 C."
@@ -7514,10 +11528,7 @@ async def test_amp_session_runs_tools(amp_server: StandIn, monkeypatch: pytest.M
     assert second["messages"][1]["reasoning"].strip() == "Two calls."
 
 
-@pytest.mark.asyncio
-async def test_amp_sessions_at_once_do_not_see_each_others_options(
-    amp_server: StandIn, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_amp_sessions_at_once_do_not_see_each_others_options(amp_server, monkeypatch):
     meet = threading.Barrier(2)
 
     def together(connection: Connection) -> None:
@@ -7535,14 +11546,15 @@ async def test_amp_sessions_at_once_do_not_see_each_others_options(
     ):
         amp_server.script(*[together] * 2, path="/completions")
         [one], [three] = await asyncio.gather(run(first, 1), run(second, 3))
-    told = sorted((body["messages"][0]["content"], body["top_logprobs"]) for body in amp_bodies(amp_server))
+    told = sorted(
+        (body["messages"][0]["content"], body["top_logprobs"]) for body in amp_bodies(amp_server)
+    )
     assert told == [("Say 1", 1), ("Say 3", 3)]
     assert [len(token.top) for token in (one.logprobs[0], three.logprobs[0])] == [1, 3]
 
 
-@pytest.mark.asyncio
-@pytest.mark.parametrize("use_completions", [pytest.param(True, id="completions"), pytest.param(False, id="chat")])
-async def test_amp_log_probabilities_reach_the_caller(use_completions: bool, amp_server: StandIn) -> None:
+@amp_cases("use_completions", {"completions": True, "chat": False})
+async def test_amp_log_probabilities_reach_the_caller(use_completions, amp_server):
     host = await amp_mount(amp_server, use_completions=use_completions)
     with request_options(logprobs=2) as calls:
         response = await host.provider.complete(amp_ask("What is 2+2?"))
@@ -7557,24 +11569,38 @@ async def test_amp_log_probabilities_reach_the_caller(use_completions: bool, amp
 # ---- Amplifier: responses ---------------------------------------------------
 
 
-@pytest.mark.asyncio
-async def test_amp_response_of_text_and_thinking(amp_server: StandIn) -> None:
-    usage = {"prompt_tokens_details": {"cached_tokens": 3}, "completion_tokens_details": {"reasoning_tokens": 2}}
-    deltas = [{"reasoning": "Two"}, {"reasoning": " four."}, {"content": "2 + 2"}, {"content": " = 4"}]
+async def test_amp_response_of_text_and_thinking(amp_server):
+    usage = {
+        "prompt_tokens_details": {"cached_tokens": 3},
+        "completion_tokens_details": {"reasoning_tokens": 2},
+    }
+    deltas = [
+        {"reasoning": "Two"},
+        {"reasoning": " four."},
+        {"content": "2 + 2"},
+        {"content": " = 4"},
+    ]
     last = amp_choice({}, finish_reason="stop")
     amp_server.script(sse(*map(amp_choice, deltas), last, amp_usage(5, 7, **usage)))
-    response = await (await amp_mount(amp_server, use_completions=False)).provider.complete(amp_ask("What is 2+2?"))
+    response = await (await amp_mount(amp_server, use_completions=False)).provider.complete(
+        amp_ask("What is 2+2?")
+    )
     assert response == ChatResponse(
         content=[ThinkingBlock(thinking="Two four."), TextBlock(text="2 + 2 = 4")],
-        usage=KernelUsage(input_tokens=5, output_tokens=7, total_tokens=12, reasoning_tokens=2, cache_read_tokens=3),
+        usage=KernelUsage(
+            input_tokens=5,
+            output_tokens=7,
+            total_tokens=12,
+            reasoning_tokens=2,
+            cache_read_tokens=3,
+        ),
         finish_reason="stop",
         content_blocks=[ThinkingContent(text="Two four."), TextContent(text="2 + 2 = 4")],
         text="2 + 2 = 4",
     )
 
 
-@pytest.mark.asyncio
-async def test_amp_response_of_tool_calls(amp_server: StandIn) -> None:
+async def test_amp_response_of_tool_calls(amp_server):
     calls = [amp_call('{"city": "Paris"}'), amp_call("{}", "list_cities", "call_2", 1)]
     amp_server.script(amp_chat({"content": "Wait."}, *calls))
     host = await amp_mount(amp_server, use_completions=False)
@@ -7601,73 +11627,196 @@ async def test_amp_response_of_tool_calls(amp_server: StandIn) -> None:
     assert host.provider.parse_tool_calls(response) == response.tool_calls
 
 
-@pytest.mark.asyncio
-@pytest.mark.parametrize(
+@amp_cases(
     ("raw", "content", "finish"),
-    [
-        pytest.param(amp_chat(), [TextBlock(text="")], "stop", id="no output is an empty text"),
-        pytest.param(amp_chat({"content": "A"}, finish="length"), [TextBlock(text="A")], "length", id="cut"),
-        pytest.param(sse(amp_choice({"content": "A"})), [TextBlock(text="A")], "stop", id="no finish reason, no usage"),
-        pytest.param(
+    {
+        "no output is an empty text": (amp_chat(), [TextBlock(text="")], "stop"),
+        "cut": (amp_chat({"content": "A"}, finish="length"), [TextBlock(text="A")], "length"),
+        "no finish reason, no usage": (
+            sse(amp_choice({"content": "A"})),
+            [TextBlock(text="A")],
+            "stop",
+        ),
+        "thinking alone": (
             amp_chat({"reasoning_content": "Hm."}),
             [ThinkingBlock(thinking="Hm."), TextBlock(text="")],
             "stop",
-            id="thinking alone",
         ),
-    ],
+    },
 )
-async def test_amp_content_is_never_empty_and_always_finished(
-    raw: bytes, content: Any, finish: str, amp_server: StandIn
-) -> None:
+async def test_amp_content_is_never_empty_and_always_finished(raw, content, finish, amp_server):
     amp_server.script(raw)
-    response = await (await amp_mount(amp_server, use_completions=False)).provider.complete(amp_ask("Hello"))
+    response = await (await amp_mount(amp_server, use_completions=False)).provider.complete(
+        amp_ask("Hello")
+    )
     assert (response.content, response.finish_reason) == (content, finish)
     assert len(response.content_blocks) == len(content)
     assert isinstance(response.usage, KernelUsage)
 
 
-@pytest.mark.asyncio
-async def test_amp_calls_without_an_id_get_different_ones(amp_server: StandIn) -> None:
-    amp_server.script(amp_chat(amp_call('{"a": 1}', call_id=""), amp_call('{"a": 2}', call_id="", index=1)))
+async def test_amp_calls_without_an_id_get_different_ones(amp_server):
+    amp_server.script(
+        amp_chat(amp_call('{"a": 1}', call_id=""), amp_call('{"a": 2}', call_id="", index=1))
+    )
     host = await amp_mount(amp_server, use_completions=False)
     response = await host.provider.complete(amp_ask("Hello", tools=[AMP_TOOL]))
+    assert host.names().count("llm:stream_block_start") == 2
     ids = [call.id for call in response.tool_calls]
     assert len({*ids, ""}) == 3
     assert [block.id for block in response.content] == ids
 
 
-@pytest.mark.asyncio
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        pytest.param('{"city": "Par', id="cut by max_tokens"),
-        pytest.param('["Paris"]', id="a list"),
-        pytest.param("", id="nothing at all"),
-        pytest.param('{"city": NaN}', id="no JSON, and more than the kernel's events can hold"),
-    ],
-)
-async def test_amp_malformed_call_is_never_executed(arguments: str, amp_server: StandIn) -> None:
-    amp_server.script(amp_chat(amp_call('{"city": "Rome"}'), amp_call(arguments, call_id="call_2", index=1)))
-    host = await amp_mount(amp_server, use_completions=False)
+AMP_MALFORMED = {
+    "cut": ('{"city": "Par', "Unterminated string starting at: line 1 column 10 (char 9)"),
+    "a list": ('["Paris"]', "a list is not an object"),
+    "nothing at all": ("", "Expecting value: line 1 column 1 (char 0)"),
+    "not JSON, and more than events can hold": ('{"city": NaN}', "NaN is not JSON"),
+}
+
+
+@amp_cases(("arguments", "reason"), AMP_MALFORMED)
+async def test_amp_malformed_call_is_asked_for_again(arguments, reason, amp_server):
+    malformed = amp_call(arguments, call_id="call_2", index=1)
+    amp_server.script(
+        amp_chat({"content": "Wait."}, amp_call('{"city": "Rome"}'), malformed),
+        amp_chat(amp_call('{"city": "Paris"}')),
+    )
+    host = await amp_mount(amp_server, use_completions=False, raw=True, debug=True)
+    response = await host.provider.complete(amp_ask("Hello", tools=[AMP_TOOL]))
+    assert [call.arguments for call in response.tool_calls] == [{"city": "Paris"}]
+    first, second = amp_bodies(amp_server)
+    assert second == first | {"messages": [*first["messages"], *second["messages"][1:]]}
+    assert second["messages"][1:] == [
+        AMP_REPLY
+        | {"content": f'Wait.\nget_weather({{"city": "Rome"}})\nget_weather({arguments})'},
+        amp_user(
+            amp_reminder(f"No tool was run: {reason}. Call again; arguments are one JSON object.")
+        ),
+    ]
+    [retry], [result] = host.payloads("provider:retry"), host.payloads("llm:response")
+    assert (retry["error_type"], retry["attempt"], retry["delay"]) == (
+        "InvalidToolCallError",
+        1,
+        0.0,
+    )
+    assert host.names().count("llm:stream_aborted") == 1
+    assert [name for name in host.names() if name.endswith(":debug")] == [
+        *["llm:request:debug"] * 2,
+        *["llm:response:debug"] * 2,
+    ]
+    assert (result["status"], result["retries"]) == ("ok", 1)
+    assert result["usage"] == {"input_tokens": 10, "output_tokens": 14, "cost_usd": None}
+    [failed] = result["failed_replies"]
+    assert (failed["type"], failed["msg"]) == ("InvalidToolCallError", retry["error_message"])
+    assert failed["usage"] == {"input_tokens": 5, "output_tokens": 7, "cost_usd": None}
+    assert failed["raw"]["choices"][0]["tool_calls"][1]["arguments"] == arguments
+    assert result["raw"]["choices"][0]["tool_calls"][0]["arguments"] == '{"city": "Paris"}'
+    ids = [request.headers["X-Request-Id"] for request in amp_server.requests]
+    assert ids == [f"{retry['request_id']}-{number}" for number in (1, 2)]
+
+
+AMP_HOPELESS: dict[str, tuple[Any, ...]] = {  # finish reasons of the replies, settings
+    "malformed again": (["tool_calls", "tool_calls"], {}),
+    "cut by max_tokens": (["length"], {}),
+    "cut by max_tokens, which vLLM up to 0.30 does not say": (["tool_calls"], {"max_tokens": 7}),
+    "no retries": (["tool_calls"], {"max_retries": 0}),
+}
+
+
+@amp_cases(("finish", "config"), AMP_HOPELESS)
+async def test_amp_malformed_call_is_never_executed(finish, config, amp_server):
+    amp_server.script(
+        *[amp_chat({"content": "A"}, amp_call('{"ci'), finish=reason) for reason in finish]
+    )
+    host = await amp_mount(amp_server, use_completions=False, raw=True, raw_debug=True, **config)
     with pytest.raises(llm_errors.InvalidToolCallError) as caught:
         await host.provider.complete(amp_ask("Hello", tools=[AMP_TOOL]))
-    assert (caught.value.tool_name, caught.value.raw_arguments) == ("get_weather", arguments)
-    assert (caught.value.retryable, caught.value.provider, caught.value.model) == (False, "vllm", MODEL)
-    assert host.payloads("llm:response")[0]["error_type"] == "InvalidToolCallError"
-    assert len(amp_bodies(amp_server)) == 1
+    assert (caught.value.tool_name, caught.value.raw_arguments) == ("get_weather", '{"ci')
+    assert (caught.value.retryable, caught.value.provider, caught.value.model) == (
+        False,
+        "vllm",
+        MODEL,
+    )
+    assert len(amp_bodies(amp_server)) == len(finish)
+    error = {"type": "InvalidToolCallError", "msg": str(caught.value)}
+    name, result = host.events[-1]
+    assert host.payloads("llm:stream_aborted")[-1]["error"] == error
+    assert (name, result["error_type"], result["error"]) == (
+        "llm:response",
+        error["type"],
+        error["msg"],
+    )
+    assert (result["finish_reason"], result["retries"]) == (finish[-1], len(finish) - 1)
+    count = len(finish)
+    assert result["usage"] == {
+        "input_tokens": 5 * count,
+        "output_tokens": 7 * count,
+        "cost_usd": None,
+    }
+    raws = [payload["response"] for payload in host.payloads("llm:response:raw")]
+    assert [failed["raw"] for failed in result["failed_replies"]] == raws
+    assert [raw["choices"][0]["tool_calls"][0]["arguments"] for raw in raws] == ['{"ci'] * count
 
 
-@pytest.mark.asyncio
-async def test_amp_gpt_oss_call_that_the_server_dropped_is_an_error(amp_server: StandIn) -> None:
+AMP_NESTED = {
+    "$defs": {"Point": {"type": "object", "properties": {"x": {"type": "array"}}}},
+    "properties": {
+        "object": {
+            "type": "object",
+            "properties": {"list": {"type": "array", "items": {"type": "object"}}},
+        },
+        "list": {"type": ["array", "null"]},
+        "point": {"anyOf": [{"$ref": "#/$defs/Point"}, {"type": "null"}]},
+        "text": {"type": "string"},
+        "either": {"anyOf": [{"type": "object"}, {"type": "string"}]},
+        "any": {},
+    },
+}
+AMP_NESTED_ARGUMENTS = {
+    "an object": ({"object": '{"a": 1}'}, {"object": {"a": 1}}),
+    "a list": ({"list": "[1]"}, {"list": [1]}),
+    "no deeper than the schema": ({"object": '{"a": "[1]"}'}, {"object": {"a": "[1]"}}),
+    "as deep as the schema": (
+        {"object": '{"list": "[\\"{}\\", {}]"}'},
+        {"object": {"list": [{}, {}]}},
+    ),
+    "a reference": ({"point": '{"x": "[1]"}'}, {"point": {"x": [1]}}),
+    "a string": ({"text": "[1]"}, {"text": "[1]"}),
+    "a string or an object": ({"either": "{}"}, {"either": "{}"}),
+    "no type": ({"any": "[1]", "other": "[1]"}, {"any": "[1]", "other": "[1]"}),
+    "another type": ({"object": "[1]", "list": "null"}, {"object": "[1]", "list": "null"}),
+    "does not parse": (
+        {"object": '{"a": ', "list": "[NaN]"},
+        {"object": '{"a": ', "list": "[NaN]"},
+    ),
+}
+
+
+@amp_cases(("written", "parsed"), AMP_NESTED_ARGUMENTS)
+async def test_amp_strings_in_arguments_are_parsed_where_the_schema_says(
+    written, parsed, amp_server
+):
+    amp_server.script(amp_chat(amp_call(json.dumps(written), "f")))
+    host = await amp_mount(amp_server)
+    response = await host.provider.complete(
+        amp_ask("Hello", tools=[ToolSpec(name="f", parameters=AMP_NESTED)])
+    )
+    assert [call.arguments for call in response.tool_calls] == [parsed]
+    assert [block.input for block in response.content] == [parsed]
+
+
+async def test_amp_gpt_oss_call_that_the_server_dropped_is_an_error(amp_server):
     amp_server.script(*[amp_chat({"reasoning": "I need the tool."}, stop_reason=200012)] * 2)
     host = await amp_mount(amp_server, use_completions=False)
     with pytest.raises(llm_errors.InvalidRequestError) as caught:
         await host.provider.complete(amp_ask("Weather?", tools=[AMP_TOOL]))
     assert str(caught.value) == (
-        "gpt-oss called a tool and the server dropped the call; start vLLM with --enable-auto-tool-choice"
-        " --tool-call-parser openai"
+        "gpt-oss called a tool and the server dropped the call; start vLLM with"
+        " --enable-auto-tool-choice --tool-call-parser openai"
     )
-    assert (await host.provider.complete(amp_ask("Weather?"))).finish_reason == "stop"  # no tools were offered
+    assert (
+        await host.provider.complete(amp_ask("Weather?"))
+    ).finish_reason == "stop"  # no tools were offered
 
 
 # ---- Amplifier: events ------------------------------------------------------
@@ -7676,11 +11825,24 @@ AMP_NO_USAGE = {"input_tokens": 0, "output_tokens": 0, "cost_usd": None}
 
 
 def amp_request_event(**more: Any) -> tuple[str, dict[str, Any]]:
-    return "llm:request", {"provider": "vllm", "model": MODEL, "message_count": 1, "request_id": "ID", **more}
+    return "llm:request", {
+        "provider": "vllm",
+        "model": MODEL,
+        "message_count": 1,
+        "request_id": "ID",
+        **more,
+    }
 
 
 def amp_response_event(**more: Any) -> tuple[str, dict[str, Any]]:
-    event = {"provider": "vllm", "model": MODEL, "request_id": "ID", "status": "ok", "duration_ms": 0, "retries": 0}
+    event = {
+        "provider": "vllm",
+        "model": MODEL,
+        "request_id": "ID",
+        "status": "ok",
+        "duration_ms": 0,
+        "retries": 0,
+    }
     usage = {"input_tokens": 5, "output_tokens": 7, "cost_usd": None}
     return "llm:response", {**event, "usage": usage, "finish_reason": "stop", **more}
 
@@ -7691,11 +11853,16 @@ def amp_failed_event(error_type: str, error: str, **more: Any) -> tuple[str, dic
 
 
 def amp_block(what: str, index: int, kind: str, **more: Any) -> tuple[str, dict[str, Any]]:
-    return f"llm:stream_block_{what}", {"request_id": "ID", "block_index": index, "block_type": kind, **more}
+    return f"llm:stream_block_{what}", {
+        "request_id": "ID",
+        "block_index": index,
+        "block_type": kind,
+        **more,
+    }
 
 
 def amp_merged(events: Sequence[tuple[str, dict[str, Any]]]) -> list[tuple[str, dict[str, Any]]]:
-    """Return the events with the deltas of each run joined, whose number is chance; checks how they are numbered."""
+    """Return the events with the deltas of each run joined; checks how they are numbered."""
     merged: list[tuple[str, dict[str, Any]]] = []
     sequence = 0
     for name, payload in events:
@@ -7713,11 +11880,15 @@ def amp_merged(events: Sequence[tuple[str, dict[str, Any]]]) -> list[tuple[str, 
     return merged
 
 
-@pytest.mark.asyncio
-async def test_amp_events_of_a_success(amp_server: StandIn) -> None:
+async def test_amp_events_of_a_success(amp_server):
     deltas = [{"reasoning": "Two"}, {"reasoning": " calls."}, {"content": "Wait"}, {"content": "."}]
-    calls = [amp_call('{"city": '), {"tool_calls": [{"index": 0, "function": {"arguments": '"Paris"}'}}]}]
-    amp_server.script(amp_chat(*deltas, *calls, amp_call("{}", "add", "call_2", 1), {"content": "Done."}))
+    calls = [
+        amp_call('{"city": '),
+        {"tool_calls": [{"index": 0, "function": {"arguments": '"Paris"}'}}]},
+    ]
+    amp_server.script(
+        amp_chat(*deltas, *calls, amp_call("{}", "add", "call_2", 1), {"content": "Done."})
+    )
     host = await amp_mount(amp_server, use_completions=False)
     await host.provider.complete(amp_ask("Hello", tools=[AMP_TOOL]))
     assert amp_merged(host.told()) == [
@@ -7739,73 +11910,141 @@ async def test_amp_events_of_a_success(amp_server: StandIn) -> None:
     ]
 
 
-@pytest.mark.asyncio
-async def test_amp_event_tells_the_whole_usage(amp_server: StandIn) -> None:
-    usage = {"prompt_tokens_details": {"cached_tokens": 3}, "completion_tokens_details": {"reasoning_tokens": 2}}
-    amp_server.script(sse(amp_choice({"content": "A"}, finish_reason="stop"), amp_usage(5, 7, **usage)))
+AMP_BLOCKS: dict[str, tuple[Any, ...]] = {  # deltas, and the blocks they make
+    "text after a call": (
+        [{"reasoning": "R"}, {"content": "A"}, amp_call("{}"), {"content": "B"}],
+        ["thinking R", "text A", "tool_call call_1", "text B"],
+    ),
+    "pieces of two calls in turn": (
+        [
+            amp_call('{"city": ', call_id="a"),
+            amp_call('{"city": ', call_id="b", index=1),
+            *({"tool_calls": [{"index": i, "function": {"arguments": '"P"}'}}]} for i in (0, 1)),
+        ],
+        ["tool_call a", "tool_call b"],
+    ),
+    "text between the pieces of a call": (
+        [
+            amp_call("{"),
+            {"content": "A"},
+            {"tool_calls": [{"index": 0, "function": {"arguments": "}"}}]},
+            {"content": "B"},
+        ],
+        ["tool_call call_1", "text AB"],
+    ),
+    "an id that comes late": (
+        [amp_call("{", call_id=""), amp_call("}", call_id="a"), {"content": "A"}],
+        ["tool_call a", "text A"],
+    ),
+    "thinking twice": (
+        [
+            {"reasoning": "R"},
+            {"content": "A"},
+            {"reasoning": "S"},
+            {"reasoning": "T"},
+            {"content": "B"},
+        ],
+        ["thinking R", "text A", "thinking ST", "text B"],
+    ),
+    "all in one delta": (
+        [{"content": "A", "reasoning": "R", **amp_call("{}")}],
+        ["thinking R", "text A", "tool_call call_1"],
+    ),
+}
+
+
+@pytest.mark.parametrize("is_shown", [True, False], ids=["shown", "not shown"])
+@amp_cases(("deltas", "wanted"), AMP_BLOCKS)
+async def test_amp_blocks_streamed_are_the_blocks_returned(deltas, wanted, is_shown, amp_server):
+    amp_server.script(amp_chat(*deltas))
+    host = await amp_mount(amp_server, use_completions=False, use_streaming=is_shown)
+    response = await host.provider.complete(amp_ask("Hello", tools=[AMP_TOOL]))
+    blocks = [block.model_dump() for block in response.content]
+    texts = [block.get("text") or block.get("thinking") or block["id"] for block in blocks]
+    assert [f"{block['type']} {text}" for block, text in zip(blocks, texts, strict=True)] == wanted
+    assert [shown.type.value for shown in response.content_blocks] == [
+        block["type"] for block in blocks
+    ]
+    if is_shown:
+        streamed = dict.fromkeys(range(len(wanted)), "")
+        for payload in host.payloads("llm:stream_block_delta"):
+            streamed[payload["block_index"]] += payload["text"]
+        kinds = [
+            payload["block_type"].replace("use", "call")
+            for payload in host.payloads("llm:stream_block_start")
+        ]
+        assert kinds == [block["type"] for block in blocks]
+        assert [streamed[index] or text for index, text in enumerate(texts)] == texts
+        assert len(host.payloads("llm:stream_block_end")) == len(wanted)
+
+
+async def test_amp_event_tells_the_whole_usage(amp_server):
+    usage = {
+        "prompt_tokens_details": {"cached_tokens": 3},
+        "completion_tokens_details": {"reasoning_tokens": 2},
+    }
+    amp_server.script(
+        sse(amp_choice({"content": "A"}, finish_reason="stop"), amp_usage(5, 7, **usage))
+    )
     host = await amp_mount(amp_server, use_completions=False)
-    await host.provider.complete(amp_ask("Hello"))
-    told = {"input_tokens": 5, "output_tokens": 7, "cache_read_tokens": 3, "reasoning_tokens": 2, "cost_usd": None}
+    await amp_hello(host)
+    told = {
+        "input_tokens": 5,
+        "output_tokens": 7,
+        "cache_read_tokens": 3,
+        "reasoning_tokens": 2,
+        "cost_usd": None,
+    }
     assert host.told()[-1] == amp_response_event(usage=told)
 
 
-@pytest.mark.asyncio
-async def test_amp_events_of_an_error_without_output(amp_server: StandIn) -> None:
+async def test_amp_events_of_an_error_without_output(amp_server):
     amp_server.script(reply(400, {"error": {"message": "No.", "code": 400}}))
     host = await amp_mount(amp_server, use_completions=False)
     with pytest.raises(llm_errors.InvalidRequestError) as caught:
-        await host.provider.complete(amp_ask("Hello"))
+        await amp_hello(host)
     assert str(caught.value) == f"400 'No.': POST {amp_server.url}/v1/chat/completions"
-    assert host.told() == [amp_request_event(), amp_failed_event("InvalidRequestError", str(caught.value))]
+    assert host.told() == [
+        amp_request_event(),
+        amp_failed_event("InvalidRequestError", str(caught.value)),
+    ]
 
 
-@pytest.mark.asyncio
-async def test_amp_events_of_an_error_after_output(amp_server: StandIn) -> None:
+async def test_amp_events_of_an_error_after_output(amp_server):
     error = {"error": {"message": "No.", "code": 400}}
     amp_server.script(sse(amp_choice({"content": "A"}), amp_choice({"content": "B"}), error))
     host = await amp_mount(amp_server, use_completions=False)
     with pytest.raises(llm_errors.InvalidRequestError) as caught:
-        await host.provider.complete(amp_ask("Hello"))
+        await amp_hello(host)
     message = str(caught.value)
     assert amp_merged(host.told()) == [
         amp_request_event(),
         amp_block("start", 0, "text"),
         amp_block("delta", 0, "text", sequence=0, text="AB"),
         amp_block("end", 0, "text"),
-        ("llm:stream_aborted", {"request_id": "ID", "error": {"type": "InvalidRequestError", "msg": message}}),
+        (
+            "llm:stream_aborted",
+            {"request_id": "ID", "error": {"type": "InvalidRequestError", "msg": message}},
+        ),
         amp_failed_event("InvalidRequestError", message),
     ]
     assert caught.value.__cause__.partial.text == "AB"
 
 
-@pytest.mark.asyncio
-async def test_amp_events_of_a_call_nobody_can_execute(amp_server: StandIn) -> None:
-    amp_server.script(amp_chat({"content": "Wait."}, amp_call('{"ci')))
-    host = await amp_mount(amp_server, use_completions=False)
-    with pytest.raises(llm_errors.InvalidToolCallError) as caught:
-        await host.provider.complete(amp_ask("Hello", tools=[AMP_TOOL]))
-    error = {"type": "InvalidToolCallError", "msg": str(caught.value)}
-    assert host.told()[-2:] == [
-        ("llm:stream_aborted", {"request_id": "ID", "error": error}),
-        amp_failed_event("InvalidToolCallError", str(caught.value)),
-    ]
-
-
-@pytest.mark.asyncio
-async def test_amp_events_of_a_retry_before_output(amp_server: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_amp_events_of_a_retry_before_output(amp_server, monkeypatch):
     monkeypatch.setattr(random, "uniform", lambda low, high: low)
     amp_server.script(reply(503, "busy"), reply(500, ""), amp_chat({"content": "A"}))
     host = await amp_mount(amp_server, use_completions=False, max_retry_delay=0.02, max_retries=2)
-    await host.provider.complete(amp_ask("Hello"))
-    where, retry = (
-        f"POST {amp_server.url}/v1/chat/completions",
-        {"provider": "vllm", "request_id": "ID", "max_retries": 2},
-    )
-    retry |= {"delay": 0.01, "error_type": "ProviderUnavailableError"}
-    assert host.told() == [
+    await amp_hello(host)
+    told = host.told()
+    messages = [payload.pop("error_message") for name, payload in told if name == "provider:retry"]
+    assert [message[:10] for message in messages] == ["503 'busy'", "500 (no me"]
+    retry = {"provider": "vllm", "request_id": "ID", "max_retries": 2, "delay": 0.01}
+    retry |= {"error_type": "ProviderUnavailableError"}
+    assert told == [
         amp_request_event(),
-        ("provider:retry", retry | {"attempt": 1, "error_message": f"503 'busy': {where}"}),
-        ("provider:retry", retry | {"attempt": 2, "error_message": f"500 (no message): {where}"}),
+        ("provider:retry", retry | {"attempt": 1}),
+        ("provider:retry", retry | {"attempt": 2}),
         amp_block("start", 0, "text"),
         amp_block("delta", 0, "text", sequence=0, text="A"),
         amp_block("end", 0, "text"),
@@ -7816,14 +12055,51 @@ async def test_amp_events_of_a_retry_before_output(amp_server: StandIn, monkeypa
     assert sent == [f"{request_id}-{attempt}" for attempt in (1, 2, 3)]
 
 
-@pytest.mark.asyncio
-async def test_amp_events_of_a_retry_after_output(amp_server: StandIn) -> None:
+async def test_amp_patience_is_six_retries_over_half_a_minute(amp_server, monkeypatch):
+    monkeypatch.setattr(random, "uniform", lambda low, high: high)
+    amp_server.script(*[reply(503, "busy")] * 6, amp_chat({"content": "A"}))
+    host = await amp_mount(
+        amp_server, use_completions=False, min_retry_delay=0.001
+    )  # a 500th of the default
+    assert (await amp_hello(host)).text == "A"
+    delays = [payload["delay"] for payload in host.payloads("provider:retry")]
+    assert delays == [0.001, 0.002, 0.004, 0.008, 0.016, 0.032]
+    assert VLLMConfig("http://a").min_retry_delay * sum(delays) / 0.001 == pytest.approx(31.5)
+
+
+AMP_STARTING = {
+    "a gateway whose server starts": reply(404, "<html>The service is starting</html>"),
+    "warming up": reply(425, "<html>Model is warming up</html>"),
+    "Cloudflare's check": reply(403, "<html><title>Just a moment...</title> Cloudflare</html>"),
+}
+
+
+@amp_cases("raw", AMP_STARTING)
+async def test_amp_server_that_starts_is_waited_for(raw, amp_server):
+    amp_server.script(raw)
+    host = await amp_mount(amp_server, use_completions=False, max_retry_delay=0.01)
+    assert (await amp_hello(host)).text == AMP_HELLO
+    assert [one["error_type"] for one in host.payloads("provider:retry")] == [
+        "ProviderUnavailableError"
+    ]
+
+
+async def test_amp_conversation_is_rendered_once_not_once_an_attempt(amp_server):
+    amp_server.script(
+        reply(503, "busy"), sse(*amp_text_chunks("A"), done=False), path="/v1/completions"
+    )
+    host = await amp_mount(amp_server, max_retry_delay=0.01)
+    assert (await amp_hello(host)).text == AMP_HELLO
+    assert amp_paths(amp_server) == ["/tokenize", *["/v1/completions"] * 3]
+
+
+async def test_amp_events_of_a_retry_after_output(amp_server):
     amp_server.script(
         sse(amp_choice({"reasoning": "Hm"}), amp_choice({"content": "Fir"}), done=False),
         amp_chat({"content": "Second"}),
     )
     host = await amp_mount(amp_server, use_completions=False, max_retry_delay=0.01)
-    response = await host.provider.complete(amp_ask("Hello"))
+    response = await amp_hello(host)
     assert response.content == [TextBlock(text="Second")]
     told = amp_merged(host.told())
     assert [name for name, _ in told].count("provider:retry") == 1
@@ -7839,10 +12115,13 @@ async def test_amp_events_of_a_retry_after_output(amp_server: StandIn) -> None:
         amp_block("start", 1, "text"),
         amp_block("delta", 1, "text", sequence=0, text="Fir"),
         amp_block("end", 1, "text"),
-        ("llm:stream_aborted", {"request_id": "ID", "error": {"type": "StreamError", "msg": message}}),
+        (
+            "llm:stream_aborted",
+            {"request_id": "ID", "error": {"type": "StreamError", "msg": message}},
+        ),
         (
             "provider:retry",
-            {"provider": "vllm", "request_id": "ID", "attempt": 1, "max_retries": 3}
+            {"provider": "vllm", "request_id": "ID", "attempt": 1, "max_retries": 6}
             | {"error_type": "StreamError", "error_message": message},
         ),
         amp_block("start", 0, "text"),
@@ -7852,74 +12131,73 @@ async def test_amp_events_of_a_retry_after_output(amp_server: StandIn) -> None:
     ]
 
 
-@pytest.mark.asyncio
-async def test_amp_retries_end(amp_server: StandIn) -> None:
+async def test_amp_retries_end(amp_server):
     amp_server.script(*[reply(503, "busy")] * 9)
     host = await amp_mount(amp_server, use_completions=False, max_retry_delay=0.01, max_retries=2)
     with pytest.raises(llm_errors.ProviderUnavailableError):
-        await host.provider.complete(amp_ask("Hello"))
+        await amp_hello(host)
     assert [payload["attempt"] for payload in host.payloads("provider:retry")] == [1, 2]
     assert len(amp_server.requests) == 3
     assert host.payloads("llm:response")[0]["retries"] == 2
 
 
-@pytest.mark.asyncio
-@pytest.mark.parametrize(
+@amp_cases(
     ("raw", "config"),
-    [
-        pytest.param(reply(429, "slow", {"Retry-After": "31"}), {}, id="longer than max_retry_delay"),
-        pytest.param(reply(400, "no"), {}, id="not retryable"),
-        pytest.param(reply(503, "busy"), {"max_retries": 0}, id="no retries"),
-    ],
+    {
+        "longer than max_retry_delay": (reply(429, "slow", {"Retry-After": "31"}), {}),
+        "not retryable": (reply(400, "no"), {}),
+        "no retries": (reply(503, "busy"), {"max_retries": 0}),
+    },
 )
-async def test_amp_does_not_retry(raw: bytes, config: Any, amp_server: StandIn) -> None:
+async def test_amp_does_not_retry(raw, config, amp_server):
     amp_server.script(raw)
     host = await amp_mount(amp_server, use_completions=False, **config)
     with pytest.raises(llm_errors.LLMError):
-        await host.provider.complete(amp_ask("Hello"))
+        await amp_hello(host)
     assert len(amp_server.requests) == 1
     assert host.names() == ["llm:request", "llm:response"]
 
 
-@pytest.mark.asyncio
-async def test_amp_callers_own_request_id_goes_unchanged(amp_server: StandIn) -> None:
+async def test_amp_callers_own_request_id_goes_unchanged(amp_server):
     amp_server.script(reply(503, "busy"))
     host = await amp_mount(amp_server, use_completions=False, max_retry_delay=0.01)
-    await host.provider.complete(amp_ask("Hello"), request_id="mine")
+    await amp_hello(host, request_id="mine")
     assert [request.headers["X-Request-Id"] for request in amp_server.requests] == ["mine", "mine"]
     assert {payload["request_id"] for _, payload in host.events} == {"mine"}
 
 
-@pytest.mark.asyncio
-@pytest.mark.parametrize(
+@amp_cases(
     ("config", "metadata", "has_deltas"),
-    [
-        pytest.param({}, None, True, id="on"),
-        pytest.param({}, {"stream": False}, False, id="off for this call"),
-        pytest.param({}, {"stream": 0}, True, id="0 is not False"),
-        pytest.param({"use_streaming": False}, None, False, id="off for all"),
-        pytest.param({"use_streaming": "false"}, {"stream": True}, False, id="off for all, whatever the call says"),
-    ],
+    {
+        "on": ({}, None, True),
+        "off for this call": ({}, {"stream": False}, False),
+        "0 is not False": ({}, {"stream": 0}, True),
+        "off for all": ({"use_streaming": False}, None, False),
+        "off for all, whatever the call says": (
+            {"use_streaming": "false"},
+            {"stream": True},
+            False,
+        ),
+    },
 )
-@pytest.mark.parametrize(
-    "is_keyword", [pytest.param(False, id="in the request"), pytest.param(True, id="as a keyword")]
-)
+@amp_cases("is_keyword", {"in the request": False, "as a keyword": True})
 async def test_amp_stream_events_can_be_switched_off(
-    config: Any, metadata: Any, has_deltas: bool, is_keyword: bool, amp_server: StandIn
-) -> None:
+    config, metadata, has_deltas, is_keyword, amp_server
+):
     host = await amp_mount(amp_server, **config)
     if is_keyword:
-        response = await host.provider.complete(amp_ask("Hello"), metadata=metadata)
+        response = await amp_hello(host, metadata=metadata)
     else:
         response = await host.provider.complete(amp_ask("Hello", metadata=metadata))
-    assert response.text == "\n\nHello! How can I help you today?"
+    assert response.text == AMP_HELLO
     assert any(name.startswith("llm:stream") for name in host.names()) is has_deltas
     assert (host.names()[0], host.names()[-1]) == ("llm:request", "llm:response")
-    assert all(body["stream"] is True for body in amp_bodies(amp_server))  # on the wire always, to be stoppable
+    assert all(
+        body["stream"] is True for body in amp_bodies(amp_server)
+    )  # on the wire always, to be stoppable
 
 
-@pytest.mark.asyncio
-async def test_amp_stream_that_nobody_watches_is_not_kept(amp_server: StandIn) -> None:
+async def test_amp_stream_that_nobody_watches_is_not_kept(amp_server):
     count = 20_000
     amp_server.script(amp_chat(*[{"content": "word "}] * count))
     host = await amp_mount(amp_server, use_completions=False)
@@ -7931,15 +12209,16 @@ async def test_amp_stream_that_nobody_watches_is_not_kept(amp_server: StandIn) -
     finally:
         tracemalloc.stop()
     assert len(response.text) == 5 * count
-    assert peak < 20 * len(response.text)  # its characters, a few times over; the deltas would be 50 times as much
+    assert peak < 20 * len(
+        response.text
+    )  # its characters, a few times over; the deltas would be 50 times as much
 
 
-@pytest.mark.asyncio
-async def test_amp_only_the_first_choice_is_shown(amp_server: StandIn) -> None:
+async def test_amp_only_the_first_choice_is_shown(amp_server):
     host = await amp_mount(amp_server, use_completions=False)
     with request_options() as calls:
-        response = await host.provider.complete(amp_ask("Hello"), n=2)
-    assert response.text == "\n\nHello! How can I help you today?"
+        response = await amp_hello(host, n=2)
+    assert response.text == AMP_HELLO
     [(_, text)] = [
         (name, payload["text"])
         for name, payload in amp_merged(host.told())
@@ -7949,30 +12228,34 @@ async def test_amp_only_the_first_choice_is_shown(amp_server: StandIn) -> None:
     assert [choice.text for choice in calls[0].choices] == [text, text]
 
 
-@pytest.mark.asyncio
-@pytest.mark.parametrize("event", [pytest.param(name, id=name) for name in AMP_EVENTS if "repaired" not in name])
-async def test_amp_hook_that_raises_fails_nothing(event: str, amp_server: StandIn) -> None:
+@pytest.mark.parametrize(
+    "event", [pytest.param(name, id=name) for name in AMP_EVENTS if "repaired" not in name]
+)
+async def test_amp_hook_that_raises_fails_nothing(event, amp_server):
     amp_server.script(sse(amp_choice({"content": "A"}), done=False), amp_chat({"content": "B"}))
-    host = await amp_mount(amp_server, use_completions=False, max_retry_delay=0.01, debug=True, raw_debug=True)
+    host = await amp_mount(
+        amp_server, use_completions=False, max_retry_delay=0.01, debug=True, raw_debug=True
+    )
 
     async def fail(name: str, payload: Any) -> None:
         raise RuntimeError("a hook of somebody else's")
 
     host.coordinator.hooks.register(event, fail, priority=0, name="fails")
-    assert (await host.provider.complete(amp_ask("Hello"))).text == "B"
+    assert (await amp_hello(host)).text == "B"
     assert event in host.names()
 
 
-@pytest.mark.asyncio
-async def test_amp_delta_that_reached_one_hook_is_taken_back(amp_server: StandIn) -> None:
+async def test_amp_delta_that_reached_one_hook_is_taken_back(amp_server):
     amp_server.script(stall(SSE_HEAD + chunk(amp_choice({"content": "A"}))))
     host = await amp_mount(amp_server, use_completions=False)
 
     async def hang(name: str, payload: Any) -> None:
         await asyncio.sleep(AMP_SYNC_S)
 
-    host.coordinator.hooks.register("llm:stream_block_delta", hang, priority=2, name="after the one that records")
-    call = asyncio.ensure_future(host.provider.complete(amp_ask("Hello")))
+    host.coordinator.hooks.register(
+        "llm:stream_block_delta", hang, priority=2, name="after the one that records"
+    )
+    call = asyncio.ensure_future(amp_hello(host))
     await amp_until(lambda: "llm:stream_block_delta" in host.names())
     call.cancel()
     with pytest.raises(asyncio.CancelledError):
@@ -7981,41 +12264,36 @@ async def test_amp_delta_that_reached_one_hook_is_taken_back(amp_server: StandIn
     await amp_is_quiet(amp_server, gone=1)
 
 
-@pytest.mark.asyncio
-async def test_amp_emit_that_raises_fails_nothing(amp_server: StandIn, caplog: pytest.LogCaptureFixture) -> None:
+async def test_amp_emit_that_raises_fails_nothing(amp_server, caplog):
     class Hooks:
         async def emit(self, name: str, payload: Any) -> None:
             raise ValueError("no JSON")
 
     provider = VLLMProvider(amp_server.url, coordinator=types.SimpleNamespace(hooks=Hooks()))
-    assert (await provider.complete(amp_ask("Hello"))).text == "\n\nHello! How can I help you today?"
+    assert (await provider.complete(amp_ask("Hello"))).text == AMP_HELLO
     assert "llm:request" in caplog.text
     assert "no JSON" in caplog.text
 
 
-@pytest.mark.asyncio
-@pytest.mark.parametrize(
+@amp_cases(
     "coordinator",
-    [
-        pytest.param(None, id="none"),
-        pytest.param(object(), id="no hooks"),
-        pytest.param(types.SimpleNamespace(hooks=None), id="hooks None"),
-    ],
+    {"none": None, "no hooks": object(), "hooks None": types.SimpleNamespace(hooks=None)},
 )
-async def test_amp_works_without_hooks(coordinator: Any, amp_server: StandIn) -> None:
+async def test_amp_works_without_hooks(coordinator, amp_server):
     provider = VLLMProvider(amp_server.url, coordinator=coordinator)
-    assert (await provider.complete(amp_ask("Hello"))).text == "\n\nHello! How can I help you today?"
+    assert (await provider.complete(amp_ask("Hello"))).text == AMP_HELLO
 
 
-@pytest.mark.asyncio
-async def test_amp_slow_hook_merges_deltas_and_never_slows_the_server(amp_server: StandIn) -> None:
+async def test_amp_slow_hook_merges_deltas_and_never_slows_the_server(amp_server):
     has_sent, text = threading.Event(), "x" * 65_536
 
     def send(connection: Connection) -> None:
         connection.send(SSE_HEAD + chunk(amp_choice({"content": "first "})))
         for _ in range(256):  # 16 MiB: far more than sockets hold
             connection.send(chunk(amp_choice({"content": text})))
-        connection.send(chunk(amp_choice({}, finish_reason="stop")) + chunk("[DONE]") + b"0\r\n\r\n")
+        connection.send(
+            chunk(amp_choice({}, finish_reason="stop")) + chunk("[DONE]") + b"0\r\n\r\n"
+        )
         has_sent.set()
 
     amp_server.script(send)
@@ -8025,19 +12303,20 @@ async def test_amp_slow_hook_merges_deltas_and_never_slows_the_server(amp_server
         assert await asyncio.to_thread(has_sent.wait, AMP_SYNC_S)
 
     host.coordinator.hooks.register("llm:stream_block_delta", wait, priority=0, name="slow")
-    response = await host.provider.complete(amp_ask("Hello"))
+    response = await amp_hello(host)
     assert has_sent.is_set()
     texts = [payload["text"] for payload in host.payloads("llm:stream_block_delta")]
     assert "".join(texts) == response.text == "first " + text * 256
-    assert 2 <= len(texts) < 20  # what had come, then what came meanwhile: not the 257 pieces one by one
+    assert (
+        2 <= len(texts) < 20
+    )  # what had come, then what came meanwhile: not the 257 pieces one by one
 
 
-@pytest.mark.asyncio
-async def test_amp_failure_without_stream_events(amp_server: StandIn) -> None:
+async def test_amp_failure_without_stream_events(amp_server):
     amp_server.script(reply(400, {"error": {"message": "no", "code": 400}}), path="/completions")
     host = await amp_mount(amp_server, use_streaming=False, use_completions=False)
     with pytest.raises(llm_errors.InvalidRequestError):
-        await host.provider.complete(amp_ask("Hello"))
+        await amp_hello(host)
     assert host.names() == ["llm:request", "llm:response"]
 
 
@@ -8047,21 +12326,24 @@ async def test_amp_failure_without_stream_events(amp_server: StandIn) -> None:
 AMP_KEY = "sk-never-seen-anywhere"
 
 
-@pytest.mark.asyncio
-@pytest.mark.parametrize(
+@amp_cases(
     ("config", "extra"),
-    [
-        pytest.param({}, [], id="none"),
-        pytest.param({"debug": True}, ["llm:request:debug", "llm:response:debug"], id="debug"),
-        pytest.param({"raw_debug": True}, ["llm:request:raw", "llm:response:raw"], id="raw_debug"),
-        pytest.param({"raw": True}, [], id="raw"),
-    ],
+    {
+        "none": ({}, []),
+        "debug": ({"debug": True}, ["llm:request:debug", "llm:response:debug"]),
+        "raw_debug": ({"raw_debug": True}, ["llm:request:raw", "llm:response:raw"]),
+        "raw": ({"raw": True}, []),
+    },
 )
-async def test_amp_debug_events(config: Any, extra: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_amp_debug_events(config, extra, monkeypatch):
     monkeypatch.delenv("VLLM_API_KEY", raising=False)
     with StandIn(api_key=AMP_KEY) as server:
         host = await amp_mount(
-            server, use_completions=False, api_key=AMP_KEY, default_headers={"X-Other": AMP_KEY}, **config
+            server,
+            use_completions=False,
+            api_key=AMP_KEY,
+            default_headers={"X-Other": AMP_KEY},
+            **config,
         )
         words = "Say " + 400 * "a"
         response = await host.provider.complete(amp_ask(words))
@@ -8069,7 +12351,11 @@ async def test_amp_debug_events(config: Any, extra: list[str], monkeypatch: pyte
     body |= {"stream": True, "stream_options": {"include_usage": True}}
     told = [(name, payload) for name, payload in host.told() if "stream_block" not in name]
     assert [name for name, _ in told if name.endswith((":debug", ":raw"))] == extra
-    raws = [payload["raw"] for name, payload in told if name in ("llm:request", "llm:response") and "raw" in payload]
+    raws = [
+        payload["raw"]
+        for name, payload in told
+        if name in ("llm:request", "llm:response") and "raw" in payload
+    ]
     whole = [payload for name, payload in told if name.endswith(":raw")]
     cut = [payload for name, payload in told if name.endswith(":debug")]
     if "raw" in config:
@@ -8091,8 +12377,7 @@ async def test_amp_debug_events(config: Any, extra: list[str], monkeypatch: pyte
     assert AMP_KEY not in json.dumps(told)
 
 
-@pytest.mark.asyncio
-async def test_amp_debug_truncate_length(amp_server: StandIn) -> None:
+async def test_amp_debug_truncate_length(amp_server):
     host = await amp_mount(amp_server, use_completions=False, debug=True, debug_truncate_length=10)
     await host.provider.complete(amp_ask("0123456789ABC"))
     shown = json.dumps(host.payloads("llm:request:debug"))
@@ -8103,19 +12388,20 @@ async def test_amp_debug_truncate_length(amp_server: StandIn) -> None:
 def amp_keys(value: Any) -> Iterator[str]:
     if isinstance(value, dict):
         yield from value
-    for item in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+    for item in (
+        value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    ):
         yield from amp_keys(item)
 
 
-@pytest.mark.asyncio
-@pytest.mark.parametrize(
-    "keywords", [pytest.param({}, id="streamed"), pytest.param({"prompt_logprobs": 1}, id="whole")]
-)
-async def test_amp_log_probabilities_survive_redaction_and_json(keywords: Any, amp_server: StandIn) -> None:
+@amp_cases("keywords", {"streamed": {}, "whole": {"prompt_logprobs": 1}})
+async def test_amp_log_probabilities_survive_redaction_and_json(keywords, amp_server):
     logprobs = {"content": [{"token": "4", "logprob": -9999.0, "bytes": [52], "top_logprobs": []}]}
     message = {"role": "assistant", "content": "4"}
     choice = {"index": 0, "message": message, "logprobs": logprobs, "finish_reason": "stop"}
-    whole = reply(200, {"id": "1", "object": "chat.completion", "model": MODEL, "choices": [choice]})
+    whole = reply(
+        200, {"id": "1", "object": "chat.completion", "model": MODEL, "choices": [choice]}
+    )
     amp_server.script(whole if keywords else sse(amp_choice({"content": "4"}, logprobs=logprobs)))
     host = await amp_mount(amp_server, use_completions=False, raw=True, debug=True, raw_debug=True)
     with request_options(logprobs=1) as calls:
@@ -8132,30 +12418,43 @@ async def test_amp_log_probabilities_survive_redaction_and_json(keywords: Any, a
             "llm:response:raw",
         ]
     )
-    told = json.dumps(host.payloads("llm:response:raw") + host.payloads("llm:response"), allow_nan=False)
+    told = json.dumps(
+        host.payloads("llm:response:raw") + host.payloads("llm:response"), allow_nan=False
+    )
     assert "-9999.0" in told
-    hidden = {"token", "api_key", "authorization", "secret", "password"}  # what a redaction hook blanks
-    assert hidden.isdisjoint(key.lower() for key in amp_keys([payload for _, payload in host.events]))
+    hidden = {
+        "token",
+        "api_key",
+        "authorization",
+        "secret",
+        "password",
+    }  # what a redaction hook blanks
+    assert hidden.isdisjoint(
+        key.lower() for key in amp_keys([payload for _, payload in host.events])
+    )
 
 
-@pytest.mark.asyncio
-@pytest.mark.parametrize(
+@amp_cases(
     "raw",
-    [
-        pytest.param(
-            reply(401, {"error": {"message": f"Incorrect API key provided: {AMP_KEY}."}}), id="quoted by a gateway"
+    {
+        "quoted by a gateway": reply(
+            401, {"error": {"message": f"Incorrect API key provided: {AMP_KEY}."}}
         ),
-        pytest.param(reply(401, {"error": "Unauthorized"}), id="vLLM's own"),
-    ],
+        "vLLM's own": reply(401, {"error": "Unauthorized"}),
+    },
 )
-async def test_amp_no_key_in_errors(raw: bytes, amp_server: StandIn, caplog: pytest.LogCaptureFixture) -> None:
+async def test_amp_no_key_in_errors(raw, amp_server, caplog):
     caplog.set_level(logging.DEBUG)
     amp_server.script(raw)
-    host = await amp_mount(amp_server, use_completions=False, api_key=AMP_KEY, raw=True, debug=True, raw_debug=True)
+    host = await amp_mount(
+        amp_server, use_completions=False, api_key=AMP_KEY, raw=True, debug=True, raw_debug=True
+    )
     with pytest.raises(llm_errors.AuthenticationError) as caught:
-        await host.provider.complete(amp_ask("Hello"))
+        await amp_hello(host)
     assert amp_server.requests[0].headers["Authorization"] == f"Bearer {AMP_KEY}"
-    assert AMP_KEY not in json.dumps(host.events) + repr(caught.value) + str(caught.value) + repr(host.provider.config)
+    assert AMP_KEY not in json.dumps(host.events) + repr(caught.value) + str(caught.value) + repr(
+        host.provider.config
+    )
     assert AMP_KEY not in caplog.text
 
 
@@ -8163,53 +12462,78 @@ async def test_amp_no_key_in_errors(raw: bytes, amp_server: StandIn, caplog: pyt
 
 
 def amp_error(status: int, message: str = "No.", **headers: str) -> bytes:
-    payload = {"error": {"message": message, "type": "BadRequestError", "param": None, "code": status}}
-    return reply(status, payload, {name.replace("_", "-"): value for name, value in headers.items()})
+    payload = {
+        "error": {"message": message, "type": "BadRequestError", "param": None, "code": status}
+    }
+    return reply(
+        status, payload, {name.replace("_", "-"): value for name, value in headers.items()}
+    )
 
 
 AMP_OVERFLOW = (
-    "This model's maximum context length is 2048 tokens. However, your prompt contains at least 2049 input tokens,"
-    " which exceeds this limit even without any output tokens. Please reduce the length of the input prompt."
+    "This model's maximum context length is 2048 tokens. However, your prompt contains at least"
+    " 2049 input tokens, which exceeds this limit even without any output tokens. Please reduce the"
+    " length of the input prompt."
 )
 
 
-@pytest.mark.asyncio
-@pytest.mark.parametrize(
+@amp_cases(
     ("step", "kind", "status", "retryable", "retry_after"),
-    [
-        pytest.param(amp_error(400), "InvalidRequestError", 400, False, None, id="400"),
-        pytest.param(amp_error(401), "AuthenticationError", 401, False, None, id="401"),
-        pytest.param(amp_error(403), "AccessDeniedError", 403, False, None, id="403"),
-        pytest.param(amp_error(404), "NotFoundError", 404, False, None, id="404"),
-        pytest.param(amp_error(422), "InvalidRequestError", 422, False, None, id="422"),
-        pytest.param(amp_error(418), "LLMError", 418, False, None, id="StatusError has no name there"),
-        pytest.param(amp_error(429, Retry_After="7"), "RateLimitError", 429, True, 7.0, id="429"),
-        pytest.param(amp_error(500), "ProviderUnavailableError", 500, True, None, id="500"),
-        pytest.param(amp_error(501), "ProviderUnavailableError", 501, False, None, id="501"),
-        pytest.param(amp_error(503, Retry_After="2"), "ProviderUnavailableError", 503, True, 2.0, id="503"),
-        pytest.param(amp_error(504), "ProviderUnavailableError", 504, True, None, id="504"),
-        pytest.param(amp_error(400, AMP_OVERFLOW), "ContextLengthError", 400, False, None, id="does not fit"),
-        pytest.param(reply(200, "<html>"), "LLMError", None, False, None, id="ProtocolError has no name there"),
-        pytest.param(sse(amp_choice({"content": "A"}), done=False), "StreamError", None, True, None, id="broken off"),
-        pytest.param(
-            sse({"error": {"message": "No.", "code": 400}}), "InvalidRequestError", 400, False, None, id="in a stream"
+    {
+        "400": (amp_error(400), "InvalidRequestError", 400, False, None),
+        "401": (amp_error(401), "AuthenticationError", 401, False, None),
+        "403": (amp_error(403), "AccessDeniedError", 403, False, None),
+        "404": (amp_error(404), "NotFoundError", 404, False, None),
+        "422": (amp_error(422), "InvalidRequestError", 422, False, None),
+        "StatusError has no name there": (amp_error(418), "LLMError", 418, False, None),
+        "429": (amp_error(429, Retry_After="7"), "RateLimitError", 429, True, 7.0),
+        "500": (amp_error(500), "ProviderUnavailableError", 500, True, None),
+        "501": (amp_error(501), "ProviderUnavailableError", 501, False, None),
+        "503": (amp_error(503, Retry_After="2"), "ProviderUnavailableError", 503, True, 2.0),
+        "504": (amp_error(504), "ProviderUnavailableError", 504, True, None),
+        "does not fit": (amp_error(400, AMP_OVERFLOW), "ContextLengthError", 400, False, None),
+        "content filter": (
+            amp_error(
+                400, "The response was filtered due to Azure OpenAI's content management policy."
+            ),
+            *("ContentFilterError", 400, False, None),
         ),
-        pytest.param(Connection.close, "NetworkError", None, True, None, id="closed before a reply"),
-        pytest.param(stall(), "LLMTimeoutError", None, True, None, id="silent"),
-    ],
+        "ProtocolError has no name there": (reply(200, "<html>"), "LLMError", None, False, None),
+        "broken off": (
+            sse(amp_choice({"content": "A"}), done=False),
+            "StreamError",
+            None,
+            True,
+            None,
+        ),
+        "in a stream": (
+            sse({"error": {"message": "No.", "code": 400}}),
+            "InvalidRequestError",
+            400,
+            False,
+            None,
+        ),
+        "closed before a reply": (Connection.close, "NetworkError", None, True, None),
+        "silent": (stall(), "LLMTimeoutError", None, True, None),
+    },
 )
-async def test_amp_errors_are_the_kernels(
-    step: Step, kind: str, status: int | None, retryable: bool, retry_after: float | None, amp_server: StandIn
-) -> None:
+async def test_amp_errors_are_the_kernels(step, kind, status, retryable, retry_after, amp_server):
     amp_server.script(step)
     host = await amp_mount(
-        amp_server, use_completions=False, max_retries=0, timeout=0.2 if kind == "LLMTimeoutError" else 60
+        amp_server,
+        use_completions=False,
+        max_retries=0,
+        timeout=0.2 if kind == "LLMTimeoutError" else 60,
     )
     with pytest.raises(llm_errors.LLMError) as caught:
-        await host.provider.complete(amp_ask("Hello"))
+        await amp_hello(host)
     error = caught.value
     assert type(error) is getattr(llm_errors, kind)
-    assert (error.status_code, error.retryable, error.retry_after) == (status, retryable, retry_after)
+    assert (error.status_code, error.retryable, error.retry_after) == (
+        status,
+        retryable,
+        retry_after,
+    )
     assert (error.provider, error.model) == ("vllm", MODEL)
     assert isinstance(error.__cause__, vllm_provider.VLLMError)
     assert str(error) == str(error.__cause__) != ""
@@ -8218,55 +12542,70 @@ async def test_amp_errors_are_the_kernels(
     assert (failed["status"], failed["error"]) == ("error", str(error))
 
 
-@pytest.mark.asyncio
-@pytest.mark.parametrize("key", [pytest.param("token", id="a word"), pytest.param("2", id="a digit")])
-async def test_amp_short_key_does_not_garble_what_the_server_says(key: str, amp_server: StandIn) -> None:
+@amp_cases("key", {"a word": "token", "a digit": "2"})
+async def test_amp_short_key_does_not_garble_what_the_server_says(key, amp_server):
     amp_server.script(amp_error(400, AMP_OVERFLOW))
     host = await amp_mount(amp_server, use_completions=False, api_key=key)
     with pytest.raises(llm_errors.ContextLengthError) as caught:
-        await host.provider.complete(amp_ask("Hello"))
+        await amp_hello(host)
     assert (caught.value.__cause__.limit, caught.value.__cause__.input_tokens) == (2048, 2049)
 
 
-@pytest.mark.asyncio
-async def test_amp_refused_connection_is_retried_and_told(caplog: pytest.LogCaptureFixture) -> None:
-    host = await amp_mount("http://127.0.0.1:9", use_completions=False, max_retries=1, max_retry_delay=0.01)
-    with pytest.raises(llm_errors.NetworkError, match=r"^no connection to http://127\.0\.0\.1:9: connection refused; "):
-        await host.provider.complete(amp_ask("Hello"))
+async def test_amp_refused_connection_is_retried_and_told(caplog):
+    host = await amp_mount(
+        "http://127.0.0.1:9", use_completions=False, max_retries=1, max_retry_delay=0.01
+    )
+    with pytest.raises(
+        llm_errors.NetworkError,
+        match=r"^no connection to http://127\.0\.0\.1:9: connection refused; ",
+    ):
+        await amp_hello(host)
     assert host.names() == ["llm:request", "provider:retry", "llm:response"]
 
 
-@pytest.mark.asyncio
-@pytest.mark.parametrize(
+@amp_cases(
     ("config", "fields", "keywords", "message"),
-    [
-        pytest.param({}, {"temperature": math.nan}, {}, "the request is not JSON: ", id="NaN"),
-        pytest.param({}, {}, {"user": "\ud83d"}, "the request holds a lone surrogate", id="half a character"),
-        pytest.param(
-            {}, {}, {"timeout": "soon"}, "timeout must be a positive number of seconds, got 'soon'", id="a limit"
+    {
+        "NaN": ({}, {"temperature": math.nan}, {}, "the request is not JSON, in 'temperature': "),
+        "not JSON": ({}, {}, {"hook": print}, "the request is not JSON, in 'hook': "),
+        "a lone surrogate": ({}, {}, {"user": "\ud83d"}, "the request holds a lone surrogate"),
+        "a setting": (
+            {},
+            {},
+            {"use_completions": "perhaps"},
+            "use_completions must be true or false",
         ),
-        pytest.param(
+        "a limit": (
+            {},
+            {},
+            {"timeout": "soon"},
+            "timeout must be a positive number of seconds, got 'soon'",
+        ),
+        "never another endpoint": (
             {"prompt_format": "chat_template", "use_completions": True},
             {"tools": [AMP_TOOL]},
             {},
             "prompt_format chat_template cannot render this: tools",
-            id="never another endpoint",
         ),
-    ],
+    },
 )
 async def test_amp_call_that_cannot_work_is_a_configuration_error(
-    config: Any, fields: Any, keywords: Any, message: str, amp_server: StandIn
-) -> None:
+    config, fields, keywords, message, amp_server
+):
     host = await amp_mount(amp_server, **{"use_completions": False, **config})
     with pytest.raises(llm_errors.ConfigurationError) as caught:
         await host.provider.complete(amp_ask("Hello", **fields), **keywords)
     assert str(caught.value).startswith(message)
-    assert (caught.value.retryable, caught.value.provider, caught.value.model) == (False, "vllm", MODEL)
+    assert (caught.value.retryable, caught.value.provider, caught.value.model) == (
+        False,
+        "vllm",
+        MODEL,
+    )
     assert amp_server.requests == []
     assert host.names() == ["llm:request", "llm:response"]
 
 
-def test_amp_every_error_of_ours_has_one_of_the_kernels() -> None:
+def test_amp_every_error_of_ours_has_one_of_the_kernels():
     """Those of the kernel that have our names take part in the same tree."""
 
     def subclasses(kind: type[Exception]) -> Iterator[type[Exception]]:
@@ -8275,26 +12614,30 @@ def test_amp_every_error_of_ours_has_one_of_the_kernels() -> None:
             yield from subclasses(child)
 
     ours = {kind.__name__: kind for kind in subclasses(vllm_provider.VLLMError)}
-    assert set(ours) - set(dir(llm_errors)) == {"ProtocolError", "StatusError"}
+    assert set(ours) - set(dir(llm_errors)) == {
+        "InvalidOutputError",
+        "ProtocolError",
+        "StatusError",
+    }
     assert not any(issubclass(kind, OSError) for kind in ours.values())
 
 
-@pytest.mark.asyncio
-async def test_amp_server_that_is_down_is_warned_of_once(caplog: pytest.LogCaptureFixture) -> None:
+async def test_amp_server_that_is_down_is_warned_of_once(caplog):
     provider = VLLMProvider("http://127.0.0.1:1", config={"max_retries": 0})
     for _ in range(2):
         with pytest.raises(llm_errors.NetworkError):
             await provider.complete(amp_ask("Hello"))
-    warnings = [record for record in caplog.records if "limits of the models" in record.getMessage()]
+    warnings = [
+        record for record in caplog.records if "limits of the models" in record.getMessage()
+    ]
     assert [record.levelname for record in warnings] == ["WARNING"]
 
 
-@pytest.mark.asyncio
-async def test_amp_deadline_is_told_as_it_was_given(amp_server: StandIn) -> None:
+async def test_amp_deadline_is_told_as_it_was_given(amp_server):
     amp_server.script(stall(), path="/completions")
     host = await amp_mount(amp_server, use_completions=False)
     with pytest.raises(llm_errors.LLMTimeoutError) as caught:
-        await host.provider.complete(amp_ask("Hello"), deadline=0.25)
+        await amp_hello(host, deadline=0.25)
     assert str(caught.value).startswith("deadline of 0.25 s reached: ")
 
 
@@ -8310,28 +12653,42 @@ def amp_phase(
 AMP_PHASES = [
     pytest.param(*amp_phase(stall()), id="before headers"),
     pytest.param(*amp_phase(stall(SSE_HEAD)), id="after headers"),
-    pytest.param(*amp_phase(stall(SSE_HEAD + chunk(amp_choice({"content": "A"}))), events=3), id="mid-stream"),
-    pytest.param(*amp_phase(reply(503, "", {"Retry-After": "20"}), events=2, gone=0), id="pause before a retry"),
-    pytest.param(*amp_phase(stall(), path="tokenize", use_completions=True), id="while the prompt is rendered"),
-    pytest.param(*amp_phase(stall(), path="models", default_model=None), id="while the model is asked for"),
+    pytest.param(
+        *amp_phase(stall(SSE_HEAD + chunk(amp_choice({"content": "A"}))), events=3), id="mid-stream"
+    ),
+    pytest.param(
+        *amp_phase(reply(503, "", {"Retry-After": "20"}), events=2, gone=0),
+        id="pause before a retry",
+    ),
+    pytest.param(
+        *amp_phase(stall(), path="tokenize", use_completions=True),
+        id="while the prompt is rendered",
+    ),
+    pytest.param(
+        *amp_phase(stall(), path="models", default_model=None), id="while the model is asked for"
+    ),
     pytest.param(
         *amp_phase(stall(), stall(), path="models", default_model=None, context_window=None),
         id="while both are asked for",
     ),
-    pytest.param(*amp_phase(stall(), path="models", context_window=None), id="while the limits are asked for"),
+    pytest.param(
+        *amp_phase(stall(), path="models", context_window=None), id="while the limits are asked for"
+    ),
 ]
 
 
-@pytest.mark.asyncio
-@pytest.mark.parametrize("by", [pytest.param("task", id="task"), pytest.param("session", id="session")])
+@amp_cases("by", {"task": "task", "session": "session"})
 @pytest.mark.parametrize(("steps", "path", "events", "gone", "config"), AMP_PHASES)
-async def test_amp_cancellation_stops_everything(
-    steps: Any, path: str, events: int, gone: int, config: Any, by: str, amp_server: StandIn
-) -> None:
+async def test_amp_cancellation_stops_everything(steps, path, events, gone, config, by, amp_server):
     amp_server.script(*steps, path=path)
     host = await amp_mount(amp_server, **{"use_completions": False, **config})
-    call = asyncio.ensure_future(host.provider.complete(amp_ask("Hello")))
-    await amp_until(lambda: any(asked.endswith(path) for asked in amp_paths(amp_server)) and len(host.events) >= events)
+    call = asyncio.ensure_future(amp_hello(host))
+    await amp_until(
+        lambda: (
+            any(asked.endswith(path) for asked in amp_paths(amp_server))
+            and len(host.events) >= events
+        )
+    )
     await asyncio.sleep(0.02)
     started = time.monotonic()
     if by == "task":
@@ -8349,16 +12706,20 @@ async def test_amp_cancellation_stops_everything(
     await amp_is_quiet(amp_server, gone)
     assert (host.names().count("llm:request"), host.names().count("llm:response")) == (1, 1)
     name, last = host.events[-1]
-    assert (name, last["status"], bool(last["error"]), last["usage"]) == ("llm:response", "error", True, AMP_NO_USAGE)
+    assert (name, last["status"], bool(last["error"]), last["usage"]) == (
+        "llm:response",
+        "error",
+        True,
+        AMP_NO_USAGE,
+    )
     assert last["error_type"] == ("CancelledError" if by == "task" else "AbortError")
     assert ("llm:stream_aborted" in host.names()) is ("llm:stream_block_delta" in host.names())
 
 
-@pytest.mark.asyncio
-async def test_amp_events_of_a_cancelled_call(amp_server: StandIn) -> None:
+async def test_amp_events_of_a_cancelled_call(amp_server):
     amp_server.script(stall(SSE_HEAD + chunk(amp_choice({"content": "A"}))))
     host = await amp_mount(amp_server, use_completions=False)
-    call = asyncio.ensure_future(host.provider.complete(amp_ask("Hello")))
+    call = asyncio.ensure_future(amp_hello(host))
     await amp_until(lambda: "llm:stream_block_delta" in host.names())
     call.cancel()
     with pytest.raises(asyncio.CancelledError):
@@ -8368,19 +12729,21 @@ async def test_amp_events_of_a_cancelled_call(amp_server: StandIn) -> None:
         amp_block("start", 0, "text"),
         amp_block("delta", 0, "text", sequence=0, text="A"),
         amp_block("end", 0, "text"),
-        ("llm:stream_aborted", {"request_id": "ID", "error": {"type": "CancelledError", "msg": "cancelled"}}),
+        (
+            "llm:stream_aborted",
+            {"request_id": "ID", "error": {"type": "CancelledError", "msg": "cancelled"}},
+        ),
         amp_failed_event("CancelledError", "cancelled"),
     ]
 
 
-@pytest.mark.asyncio
-@pytest.mark.parametrize("by", [pytest.param("task", id="task"), pytest.param("session", id="session")])
-async def test_amp_cancellation_while_waiting_for_a_place(by: str, amp_server: StandIn) -> None:
+@amp_cases("by", {"task": "task", "session": "session"})
+async def test_amp_cancellation_while_waiting_for_a_place(by, amp_server):
     amp_server.script(stall())
     host = await amp_mount(amp_server, use_completions=False, max_concurrency=1)
-    first = asyncio.ensure_future(host.provider.complete(amp_ask("Hello")))
+    first = asyncio.ensure_future(amp_hello(host))
     await amp_until(lambda: amp_server.requests)
-    second = asyncio.ensure_future(host.provider.complete(amp_ask("Hello")))
+    second = asyncio.ensure_future(amp_hello(host))
     await amp_until(lambda: host.names() == ["llm:request"] * 2)
     await asyncio.sleep(0.02)
     started = time.monotonic()
@@ -8395,7 +12758,9 @@ async def test_amp_cancellation_while_waiting_for_a_place(by: str, amp_server: S
         host.coordinator.cancellation.request_immediate()
     results = await asyncio.gather(first, second, return_exceptions=True)
     assert time.monotonic() - started < 1.0
-    assert {type(result) for result in results} == {asyncio.CancelledError if by == "task" else llm_errors.AbortError}
+    assert {type(result) for result in results} == {
+        asyncio.CancelledError if by == "task" else llm_errors.AbortError
+    }
     assert host.names()[2:] == ["llm:response"] * 2
     assert {payload["request_id"] for payload in host.payloads("llm:response")} == {
         payload["request_id"] for payload in host.payloads("llm:request")
@@ -8404,19 +12769,102 @@ async def test_amp_cancellation_while_waiting_for_a_place(by: str, amp_server: S
     assert len(amp_server.requests) == 1
 
 
-@pytest.mark.asyncio
-@pytest.mark.parametrize("use_completions", [pytest.param(True, id="completions"), pytest.param(False, id="chat")])
-async def test_amp_cancelled_session_starts_nothing(use_completions: bool, amp_server: StandIn) -> None:
+def amp_cancel(host: AmpHost, call: Any, by: str) -> None:
+    """Cancel by the task, the session, or both, as the second Ctrl-C does."""
+    if by != "task":
+        host.coordinator.cancellation.request_immediate()
+    if by != "session":
+        call.cancel()
+
+
+AMP_SLOW_HOOKS = {
+    "in the last event": ("llm:response", 0.3),
+    "in the end of a block": ("llm:stream_block_end", 0.3),
+    "in a delta": ("llm:stream_block_delta", 0.3),
+    "in the last event, for ever": ("llm:response", AMP_SYNC_S),
+    "in a delta, for ever": ("llm:stream_block_delta", AMP_SYNC_S),
+}
+
+
+@pytest.mark.parametrize("by", ["task", "session", "both"])
+@amp_cases(("event", "seconds"), AMP_SLOW_HOOKS)
+async def test_amp_answer_that_is_whole_is_returned(event, seconds, by, amp_server, monkeypatch):
+    monkeypatch.setattr(vllm_provider, "HOOK_GRACE_S", 2.0 if seconds < 1 else 0.2)
+    amp_server.script(amp_chat({"content": "A"}))
+    host = await amp_mount(amp_server, use_completions=False)
+    is_in_hook = asyncio.Event()
+
+    async def wait(name: str, payload: Any) -> None:
+        is_in_hook.set()
+        await asyncio.sleep(seconds)
+
+    host.coordinator.hooks.register(event, wait, priority=0, name="before the one that records")
+    call = asyncio.ensure_future(amp_hello(host))
+    await is_in_hook.wait()
+    await amp_until(lambda: amp_server.running == 0)
+    await asyncio.sleep(0.05)  # the thread has read to the end
+    amp_cancel(host, call, by)
+    response = await asyncio.wait_for(call, AMP_IN_TIME_S)
+    assert (response.text, response.content) == ("A", [TextBlock(text="A")])
+    if seconds < 1:
+        assert [payload["status"] for payload in host.payloads("llm:response")] == ["ok"]
+        assert host.payloads("llm:stream_aborted") == []
+        await amp_is_quiet()
+
+
+@pytest.mark.parametrize("by", ["task", "session", "both"])
+@pytest.mark.parametrize(
+    "event", ["llm:request", "llm:stream_block_delta", "llm:stream_aborted", "llm:response"]
+)
+async def test_amp_cancelled_call_is_reported_once_whatever_hooks_do(event, by, amp_server):
+    amp_server.script(stall(SSE_HEAD + chunk(amp_choice({"content": "A"}))))
+    host = await amp_mount(amp_server, use_completions=False)
+
+    async def wait(name: str, payload: Any) -> None:
+        await asyncio.sleep(0.3)
+
+    host.coordinator.hooks.register(event, wait, priority=0, name="before the one that records")
+    call = asyncio.ensure_future(amp_hello(host))
+    await amp_until(lambda: amp_server.requests or event == "llm:request")
+    await asyncio.sleep(0.05)
+    amp_cancel(host, call, by)
+    await asyncio.sleep(0.1)
+    amp_cancel(host, call, by)
+    with pytest.raises(llm_errors.AbortError if by == "session" else asyncio.CancelledError):
+        await asyncio.wait_for(call, AMP_IN_TIME_S)
+    [result] = host.payloads("llm:response")
+    wanted = "CancelledError" if by == "task" else "AbortError"
+    assert (result["status"], result["error_type"]) == ("error", wanted)
+    await amp_is_quiet()
+
+
+@pytest.mark.parametrize("delay", [0.0, 0.05, 0.12])
+async def test_amp_session_that_is_cancelled_twice_ends_as_cancelled(
+    delay, amp_server, monkeypatch
+):
+    async with amp_session(monkeypatch, amp_server.url, vllm={"use_completions": False}) as session:
+        amp_server.script(stall(SSE_HEAD + chunk(amp_choice({"content": "A"}))), path="completions")
+        run = asyncio.ensure_future(session.execute("Hello"))
+        await amp_until(lambda: amp_bodies(amp_server))
+        session.coordinator.cancellation.request_immediate()
+        await asyncio.sleep(delay)
+        run.cancel()
+        with pytest.raises((asyncio.CancelledError, RuntimeError)) as caught:
+            await asyncio.wait_for(run, AMP_IN_TIME_S)
+    assert isinstance(caught.value, asyncio.CancelledError) or "ancelled" in str(caught.value)
+
+
+@amp_cases("use_completions", {"completions": True, "chat": False})
+async def test_amp_cancelled_session_starts_nothing(use_completions, amp_server):
     host = await amp_mount(amp_server, use_completions=use_completions)
     host.coordinator.cancellation.request_immediate()
     with pytest.raises(llm_errors.AbortError):
-        await host.provider.complete(amp_ask("Hello"))
+        await amp_hello(host)
     assert amp_server.requests == []
     assert host.names() == ["llm:request", "llm:response"]
 
 
-@pytest.mark.asyncio
-async def test_amp_cancelled_list_models_leaves_no_thread_behind(amp_server: StandIn) -> None:
+async def test_amp_cancelled_list_models_leaves_no_thread_behind(amp_server):
     amp_server.script(stall())
     host = await amp_mount(amp_server)
     asking = asyncio.ensure_future(host.provider.list_models())
@@ -8427,8 +12875,7 @@ async def test_amp_cancelled_list_models_leaves_no_thread_behind(amp_server: Sta
     await amp_is_quiet(amp_server, gone=1)
 
 
-@pytest.mark.asyncio
-async def test_amp_cancelled_discovery_leaves_no_thread_behind(amp_server: StandIn) -> None:
+async def test_amp_cancelled_discovery_leaves_no_thread_behind(amp_server):
     amp_server.script(stall())
     host = await amp_mount(amp_server)
     asking = asyncio.ensure_future(on_session_ready(host.coordinator))
@@ -8439,16 +12886,14 @@ async def test_amp_cancelled_discovery_leaves_no_thread_behind(amp_server: Stand
     await amp_is_quiet(amp_server, gone=1)
 
 
-@pytest.mark.asyncio
-async def test_amp_a_session_cancelled_gracefully_goes_on(amp_server: StandIn) -> None:
+async def test_amp_a_session_cancelled_gracefully_goes_on(amp_server):
     amp_server.pace = 0.01  # 0.2 s in all: two looks at the session
     host = await amp_mount(amp_server, use_completions=False)
     host.coordinator.cancellation.request_graceful()
-    assert (await host.provider.complete(amp_ask("Hello"))).text == "\n\nHello! How can I help you today?"
+    assert (await amp_hello(host)).text == AMP_HELLO
 
 
-@pytest.mark.asyncio
-async def test_amp_session_cancels_through_the_kernel(amp_server: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_amp_session_cancels_through_the_kernel(amp_server, monkeypatch):
     async with amp_session(monkeypatch, amp_server.url, vllm={"use_completions": False}) as session:
         amp_server.script(stall(SSE_HEAD + chunk(amp_choice({"content": "A"}))), path="completions")
         run = asyncio.ensure_future(session.execute("Hello"))
@@ -8461,11 +12906,10 @@ async def test_amp_session_cancels_through_the_kernel(amp_server: StandIn, monke
         await asyncio.to_thread(amp_server.aborted.get, timeout=AMP_IN_TIME_S)
 
 
-@pytest.mark.asyncio
-async def test_amp_close_ends_the_calls_and_may_be_called_again(amp_server: StandIn) -> None:
+async def test_amp_close_ends_the_calls_and_may_be_called_again(amp_server):
     amp_server.script(*[stall(SSE_HEAD + chunk(amp_choice({"content": "A"})))] * 3)
     host = await amp_mount(amp_server, use_completions=False)
-    calls = [asyncio.ensure_future(host.provider.complete(amp_ask("Hello"))) for _ in range(3)]
+    calls = [asyncio.ensure_future(amp_hello(host)) for _ in range(3)]
     await amp_until(lambda: host.names().count("llm:stream_block_delta") == 3)
     started = time.monotonic()
     await host.close()
@@ -8473,35 +12917,40 @@ async def test_amp_close_ends_the_calls_and_may_be_called_again(amp_server: Stan
     results = await asyncio.gather(*calls, return_exceptions=True)
     assert time.monotonic() - started < 1.0
     assert [type(result) for result in results] == [llm_errors.AbortError] * 3
-    assert [(result.provider, result.model, result.retryable) for result in results] == [("vllm", MODEL, False)] * 3
+    assert [(result.provider, result.model, result.retryable) for result in results] == [
+        ("vllm", MODEL, False)
+    ] * 3
     assert host.names()[-6:].count("llm:response") == 3
-    assert (await host.provider.complete(amp_ask("Hello"))).text == "\n\nHello! How can I help you today?"
+    assert (await amp_hello(host)).text == AMP_HELLO
     await amp_is_quiet(amp_server, gone=3)
 
 
 # ---- Amplifier: many calls, many loops --------------------------------------
 
 
-@pytest.mark.asyncio
-async def test_amp_64_calls_run_at_once_and_leave_the_host_its_threads(amp_server: StandIn) -> None:
+async def test_amp_64_calls_run_at_once_and_leave_the_host_its_threads(amp_server):
     meet = threading.Barrier(65)
 
     def together(connection: Connection) -> None:
         meet.wait(AMP_SYNC_S)
-        amp_server.answer(connection)
+        connection.send(amp_chat({"content": connection.request.body["messages"][0]["content"]}))
 
     amp_server.script(*[together] * 64)
     host = await amp_mount(amp_server, use_completions=False)
-    calls = [asyncio.ensure_future(host.provider.complete(amp_ask(f"Say {number}"))) for number in range(64)]
+    calls = [
+        asyncio.ensure_future(host.provider.complete(amp_ask(f"Say {number}")))
+        for number in range(64)
+    ]
     await amp_until(lambda: amp_server.running == 64)
     assert await asyncio.wait_for(asyncio.to_thread(lambda: "free"), AMP_IN_TIME_S) == "free"
     await asyncio.wait_for(asyncio.to_thread(meet.wait, AMP_SYNC_S), AMP_SYNC_S)
     responses = await asyncio.gather(*calls)
-    assert [response.text.split()[-1] for response in responses] == [str(number) for number in range(64)]
+    assert [response.text.split()[-1] for response in responses] == [
+        str(number) for number in range(64)
+    ]
 
 
-@pytest.mark.asyncio
-async def test_amp_max_concurrency_is_the_providers_bound(amp_server: StandIn) -> None:
+async def test_amp_max_concurrency_is_the_providers_bound(amp_server):
     seen: list[int] = []
 
     def note(connection: Connection) -> None:
@@ -8511,25 +12960,23 @@ async def test_amp_max_concurrency_is_the_providers_bound(amp_server: StandIn) -
 
     amp_server.script(*[note] * 12)
     host = await amp_mount(amp_server, use_completions=False, max_concurrency=3)
-    await asyncio.gather(*[host.provider.complete(amp_ask("Hello")) for _ in range(12)])
+    await asyncio.gather(*[amp_hello(host) for _ in range(12)])
     assert len(seen) == 12
     assert max(seen) == 3
 
 
-@pytest.mark.asyncio
-async def test_amp_a_pause_before_a_retry_holds_no_place(amp_server: StandIn) -> None:
+async def test_amp_a_pause_before_a_retry_holds_no_place(amp_server):
     amp_server.script(reply(503, "", {"Retry-After": "20"}))
     host = await amp_mount(amp_server, use_completions=False, max_concurrency=1)
-    first = asyncio.ensure_future(host.provider.complete(amp_ask("Hello")))
+    first = asyncio.ensure_future(amp_hello(host))
     await amp_until(lambda: "provider:retry" in host.names())
-    response = await asyncio.wait_for(host.provider.complete(amp_ask("Hello")), AMP_IN_TIME_S)
+    response = await asyncio.wait_for(amp_hello(host), AMP_IN_TIME_S)
     assert response.finish_reason == "stop"
     first.cancel()
     await asyncio.wait({first})
 
 
-@pytest.mark.asyncio
-async def test_amp_mount_widens_the_stock_executor_once(amp_server: StandIn, caplog: pytest.LogCaptureFixture) -> None:
+async def test_amp_mount_widens_the_stock_executor_once(amp_server, caplog):
     caplog.set_level(logging.INFO)
     assert (await asyncio.to_thread(threading.current_thread)).name.startswith("asyncio")
     set_to: list[Any] = []
@@ -8547,28 +12994,51 @@ async def test_amp_mount_widens_the_stock_executor_once(amp_server: StandIn, cap
     assert caplog.records == []  # no word of a host's own executor
     meet, count = threading.Barrier(100), 100
     await asyncio.wait_for(
-        asyncio.gather(*[asyncio.to_thread(meet.wait, AMP_SYNC_S) for _ in range(count)]), AMP_SYNC_S
+        asyncio.gather(*[asyncio.to_thread(meet.wait, AMP_SYNC_S) for _ in range(count)]),
+        AMP_SYNC_S,
     )
 
 
-@pytest.mark.asyncio
-async def test_amp_mount_leaves_a_hosts_own_executor_alone(
-    amp_server: StandIn, caplog: pytest.LogCaptureFixture
-) -> None:
+async def test_amp_mount_leaves_a_hosts_own_executor_alone(amp_server, caplog):
     caplog.set_level(logging.INFO)
-    asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(3, thread_name_prefix="hosts"))
+    asyncio.get_running_loop().set_default_executor(
+        ThreadPoolExecutor(3, thread_name_prefix="hosts")
+    )
     host = await amp_mount(amp_server)
     assert (await asyncio.to_thread(threading.current_thread)).name.startswith("hosts")
     [record] = [record for record in caplog.records if record.levelno == logging.INFO]
     assert "3" in record.getMessage()  # how many calls then run at once
-    responses = await asyncio.gather(*[host.provider.complete(amp_ask("Hello")) for _ in range(6)])
-    assert {response.text for response in responses} == {"\n\nHello! How can I help you today?"}
+    responses = await asyncio.gather(*[amp_hello(host) for _ in range(6)])
+    assert {response.text for response in responses} == {AMP_HELLO}
 
 
-@pytest.mark.asyncio
-async def test_amp_mount_widens_a_stock_executor_that_is_busy(amp_server: StandIn) -> None:
+def test_amp_mount_leaves_a_loop_alone_that_hides_its_executor(amp_server, caplog):
+    caplog.set_level(logging.INFO)
+
+    class Loop(asyncio.SelectorEventLoop):  # as uvloop's
+        def __getattribute__(self, name: str) -> Any:
+            if (
+                name == "_default_executor"
+                and sys._getframe(1).f_globals["__name__"] == vllm_provider.__name__
+            ):
+                raise AttributeError(name)
+            return super().__getattribute__(name)
+
+    async def threads() -> str:
+        await amp_mount(amp_server)
+        return (await asyncio.to_thread(threading.current_thread)).name
+
+    with asyncio.Runner(loop_factory=Loop) as runner:
+        assert runner.run(threads()).startswith("asyncio")
+    text = "the host's own executor is kept: an unknown number of calls run at once"
+    assert [record.getMessage() for record in caplog.records] == [text]
+
+
+async def test_amp_mount_widens_a_stock_executor_that_is_busy(amp_server):
     release, count = threading.Event(), min(32, (os.cpu_count() or 1) + 4)
-    busy = [asyncio.ensure_future(asyncio.to_thread(release.wait, AMP_SYNC_S)) for _ in range(count)]
+    busy = [
+        asyncio.ensure_future(asyncio.to_thread(release.wait, AMP_SYNC_S)) for _ in range(count)
+    ]
     try:
         await asyncio.sleep(0)
         await amp_mount(amp_server)
@@ -8578,61 +13048,65 @@ async def test_amp_mount_widens_a_stock_executor_that_is_busy(amp_server: StandI
         await asyncio.gather(*busy)
 
 
-@pytest.mark.asyncio
-async def test_amp_class_alone_widens_nothing(amp_server: StandIn) -> None:
+async def test_amp_class_alone_widens_nothing(amp_server):
     provider = VLLMProvider(amp_server.url)
     assert (await provider.complete(amp_ask("Hello"))).finish_reason == "stop"
     assert (await asyncio.to_thread(threading.current_thread)).name.startswith("asyncio")
 
 
-def test_amp_one_provider_in_several_loops_one_after_another(amp_server: StandIn) -> None:
+def test_amp_one_provider_in_several_loops_one_after_another(amp_server):
     provider = VLLMProvider(amp_server.url, config={"max_concurrency": 1})
 
     async def two() -> list[str]:
         return [
-            response.text for response in await asyncio.gather(*[provider.complete(amp_ask("Hello")) for _ in "ab"])
+            response.text
+            for response in await asyncio.gather(
+                *[provider.complete(amp_ask("Hello")) for _ in "ab"]
+            )
         ]
 
     texts = [asyncio.run(two()) for _ in range(3)]
-    assert texts == [["\n\nHello! How can I help you today?"] * 2] * 3
+    assert texts == [[AMP_HELLO] * 2] * 3
 
 
-def test_amp_list_models_in_a_fresh_loop(amp_server: StandIn) -> None:
+def test_amp_list_models_in_a_fresh_loop(amp_server):
     provider = VLLMProvider(amp_server.url)
-    assert [[model.id for model in asyncio.run(provider.list_models())] for _ in range(2)] == [[MODEL]] * 2
+    assert [[model.id for model in asyncio.run(provider.list_models())] for _ in range(2)] == [
+        [MODEL]
+    ] * 2
     asyncio.run(provider.close())
 
 
 # ---- Amplifier: a server that hides or renames its models -------------------
 
 
-@pytest.mark.asyncio
-async def test_amp_hidden_list_of_models_is_not_asked_for_again_and_again(
-    amp_server: StandIn, caplog: pytest.LogCaptureFixture
-) -> None:
+async def test_amp_hidden_list_of_models_is_not_asked_for_again_and_again(amp_server, caplog):
     amp_server.script(*[reply(404, {"detail": "Not Found"})] * 99, path="/v1/models")
-    host = await amp_mount(amp_server, default_model=None, context_window=None, use_completions=False)
+    host = await amp_mount(
+        amp_server, default_model=None, context_window=None, use_completions=False
+    )
     await on_session_ready(host.coordinator)
     asked = []
     for _ in range(3):
-        assert (await host.provider.complete(amp_ask("Hello"))).text == "\n\nHello! How can I help you today?"
+        assert (await amp_hello(host)).text == AMP_HELLO
         asked.append(amp_paths(amp_server).count("/v1/models"))
     assert all("model" not in body for body in amp_bodies(amp_server))  # vLLM then takes its first
     assert asked[0] == asked[2]
     assert len([record for record in caplog.records if "/v1/models" in record.getMessage()]) == 1
 
 
-@pytest.mark.asyncio
-@pytest.mark.parametrize("use_completions", [pytest.param(True, id="completions"), pytest.param(False, id="chat")])
+@amp_cases("use_completions", {"completions": True, "chat": False})
 async def test_amp_model_that_was_renamed_meanwhile_is_asked_for_once_more(
-    use_completions: bool, amp_server: StandIn
-) -> None:
+    use_completions, amp_server
+):
     amp_server.script(amp_models({"id": "old", "max_model_len": 4096}), path="/v1/models")
-    host = await amp_mount(amp_server, default_model=None, use_completions=use_completions, context_window=None)
+    host = await amp_mount(
+        amp_server, default_model=None, use_completions=use_completions, context_window=None
+    )
     await on_session_ready(host.coordinator)
     asked = []
     for _ in range(3):
-        assert (await host.provider.complete(amp_ask("Hello"))).text == "\n\nHello! How can I help you today?"
+        assert (await amp_hello(host)).text == AMP_HELLO
         asked.append(amp_paths(amp_server).count("/v1/models"))
     assert asked[1] == asked[2] <= 3
     assert host.payloads("llm:response")[1]["model"] == MODEL
@@ -8648,7 +13122,7 @@ AMP_TURNS = ("What is 2+2?", "Hello", "Say hello in Japanese.")
 async def amp_talk(
     provider: VLLMProvider, words: Sequence[str], system: str = ""
 ) -> tuple[list[Any], list[Completion]]:
-    """Return the responses of a conversation, each turn with all before it, and their Completions."""
+    """Return the responses of a conversation, turn by turn, and their Completions."""
     history = [Message(role="system", content=system)] if system else []
     responses = []
     with request_options(logprobs=1, temperature=0) as calls:
@@ -8660,7 +13134,7 @@ async def amp_talk(
 
 
 async def amp_check_same_as_chat(url: str, words: Sequence[str], system: str) -> list[Any]:
-    """Check that completions answer a conversation as the chat endpoint does, log probabilities included."""
+    """Check that completions answer as the chat endpoint does, log probabilities included."""
     here, there = (
         await amp_mount(url, default_model=None),
         await amp_mount(url, default_model=None, use_completions=False),
@@ -8669,10 +13143,18 @@ async def amp_check_same_as_chat(url: str, words: Sequence[str], system: str) ->
     wanted, wanted_calls = await amp_talk(there.provider, words, system)
     assert [response.degradation for response in responses] == [None] * len(words)
     assert [response.content for response in responses] == [response.content for response in wanted]
-    assert [response.finish_reason for response in responses] == [response.finish_reason for response in wanted]
-    assert [response.usage.input_tokens for response in responses] == [one.usage.input_tokens for one in wanted]
+    assert [response.finish_reason for response in responses] == [
+        response.finish_reason for response in wanted
+    ]
+    assert [response.usage.input_tokens for response in responses] == [
+        one.usage.input_tokens for one in wanted
+    ]
     for call, other in zip(calls, wanted_calls, strict=True):
-        assert [token.token for token in call.logprobs] == [token.token for token in other.logprobs] != []
+        assert (
+            [token.token for token in call.logprobs]
+            == [token.token for token in other.logprobs]
+            != []
+        )
         assert [token.logprob for token in call.logprobs] == pytest.approx(
             [one.logprob for one in other.logprobs], abs=0.02
         )
@@ -8682,11 +13164,13 @@ async def amp_check_same_as_chat(url: str, words: Sequence[str], system: str) ->
     return responses
 
 
-@pytest.mark.asyncio
-async def test_amp_completions_answer_as_the_chat_endpoint_does(amp_server: StandIn) -> None:
+async def test_amp_completions_answer_as_the_chat_endpoint_does(amp_server):
     responses = await amp_check_same_as_chat(amp_server.url, AMP_TURNS, "Be brief.")
     thoughts = [
-        block.thinking.strip() for response in responses for block in response.content if block.type == "thinking"
+        block.thinking.strip()
+        for response in responses
+        for block in response.content
+        if block.type == "thinking"
     ]
     assert thoughts == ["Two plus two equals four.", "A greeting.", "Use hiragana."]
     assert responses[2].text.strip() == "こんにちは、世界 🌸🚀"
@@ -8694,8 +13178,7 @@ async def test_amp_completions_answer_as_the_chat_endpoint_does(amp_server: Stan
     assert paths == ["/v1/completions"] * 3 + ["/v1/chat/completions"] * 3
 
 
-@pytest.mark.asyncio
-async def test_amp_rendered_request_and_its_body(amp_server: StandIn) -> None:
+async def test_amp_rendered_request_and_its_body(amp_server):
     host = await amp_mount(amp_server, temperature=0.5)
     request = amp_ask("Hello", top_k=5, reasoning_effort="low", stop=["X"])
     await host.provider.complete(request, extended_thinking=False, chat_template_kwargs={"a": 1})
@@ -8705,28 +13188,35 @@ async def test_amp_rendered_request_and_its_body(amp_server: StandIn) -> None:
     assert tokenize["chat_template_kwargs"] == kwargs
     assert tokenize["model"] == MODEL
     prompt = body.pop("prompt")
-    assert VLLMClient(amp_server.url).detokenize(prompt) == f"<|im_start|>user\nHello<|im_end|>\n{TURN}"
+    assert (
+        VLLMClient(amp_server.url).detokenize(prompt)
+        == f"<|im_start|>user\nHello<|im_end|>\n{TURN}"
+    )
     stream = {"stream": True, "stream_options": {"include_usage": True}}
-    sampling = {"temperature": 0.5, "top_k": 5, "stop": ["X"], "max_tokens": MAX_MODEL_LEN - len(prompt)}
+    sampling = {
+        "temperature": 0.5,
+        "top_k": 5,
+        "stop": ["X"],
+        "max_tokens": MAX_MODEL_LEN - len(prompt),
+    }
     assert body == {"model": MODEL, **sampling, **stream}
 
 
-@pytest.mark.asyncio
-@pytest.mark.parametrize(
-    ("effort", "thinks"), [pytest.param("none", False, id="none"), pytest.param("high", True, id="high")]
-)
+@amp_cases(("effort", "thinks"), {"none": ("none", False), "high": ("high", True)})
 async def test_amp_reasoning_effort_reaches_the_template_as_vllm_tells_it(
-    effort: str, thinks: bool, amp_server: StandIn
-) -> None:
+    effort, thinks, amp_server
+):
     host = await amp_mount(amp_server, reasoning_effort="low")
     await host.provider.complete(amp_ask("Hello", reasoning_effort=effort))
     [tokenize], [body] = amp_bodies(amp_server, "tokenize"), amp_bodies(amp_server)
-    assert tokenize["chat_template_kwargs"] == {"reasoning_effort": effort, "enable_thinking": thinks}
+    assert tokenize["chat_template_kwargs"] == {
+        "reasoning_effort": effort,
+        "enable_thinking": thinks,
+    }
     assert "reasoning_effort" not in body  # completions have none
 
 
-@pytest.mark.asyncio
-async def test_amp_documents_of_the_request_reach_the_template(amp_server: StandIn) -> None:
+async def test_amp_documents_of_the_request_reach_the_template(amp_server):
     documents = [{"title": "A", "text": "B"}]
     host = await amp_mount(amp_server)
     await host.provider.complete(amp_ask("Hello", documents=documents))
@@ -8734,19 +13224,16 @@ async def test_amp_documents_of_the_request_reach_the_template(amp_server: Stand
     assert tokenize.get("chat_template_kwargs", {}).get("documents") == documents
 
 
-@pytest.mark.asyncio
-@pytest.mark.parametrize(
+@amp_cases(
     ("config", "fields", "lowered"),
-    [
-        pytest.param({"max_tokens": 100}, {}, 100, id="what was asked for"),
-        pytest.param({"max_tokens": 100}, {"max_output_tokens": 50}, 50, id="what the request asked for"),
-        pytest.param({}, {"max_output_tokens": 4000}, None, id="no more than fits"),
-        pytest.param({}, {"max_completion_tokens": 60}, 60, id="chat's newer name"),
-    ],
+    {
+        "what was asked for": ({"max_tokens": 100}, {}, 100),
+        "what the request asked for": ({"max_tokens": 100}, {"max_output_tokens": 50}, 50),
+        "no more than fits": ({}, {"max_output_tokens": 4000}, None),
+        "chat's newer name": ({}, {"max_completion_tokens": 60}, 60),
+    },
 )
-async def test_amp_budget_is_known_before_sending(
-    config: Any, fields: Any, lowered: int | None, amp_server: StandIn, caplog: pytest.LogCaptureFixture
-) -> None:
+async def test_amp_budget_is_known_before_sending(config, fields, lowered, amp_server, caplog):
     host = await amp_mount(amp_server, **config)
     await host.provider.complete(amp_ask("Hello", **fields))
     [body] = amp_bodies(amp_server)  # sent once: nothing was refused
@@ -8755,8 +13242,7 @@ async def test_amp_budget_is_known_before_sending(
     assert len(caplog.records) == (lowered is None)
 
 
-@pytest.mark.asyncio
-async def test_amp_prompt_that_does_not_fit_asks_the_engine_nothing(amp_server: StandIn) -> None:
+async def test_amp_prompt_that_does_not_fit_asks_the_engine_nothing(amp_server):
     host = await amp_mount(amp_server)
     words = "word " * 2100
     count = len(VLLMClient(amp_server.url).tokenize([{"role": "user", "content": words}]))
@@ -8765,7 +13251,10 @@ async def test_amp_prompt_that_does_not_fit_asks_the_engine_nothing(amp_server: 
         await host.provider.complete(amp_ask(words))
     assert amp_paths(amp_server) == ["/tokenize"]
     assert f"{count} tokens for a context of {MAX_MODEL_LEN}" in str(caught.value)
-    assert (caught.value.__cause__.limit, caught.value.__cause__.input_tokens) == (MAX_MODEL_LEN, count)
+    assert (caught.value.__cause__.limit, caught.value.__cause__.input_tokens) == (
+        MAX_MODEL_LEN,
+        count,
+    )
     assert caught.value.retryable is False
 
 
@@ -8773,8 +13262,8 @@ AMP_NO_TEMPLATE = reply(
     400,
     {
         "error": {
-            "message": "As of transformers v4.44, default chat template is no longer allowed, so you must provide a"
-            " chat template if the tokenizer does not define one.",
+            "message": "As of transformers v4.44, default chat template is no longer allowed, so"
+            " you must provide a chat template if the tokenizer does not define one.",
             "type": "BadRequestError",
             "param": None,
             "code": 400,
@@ -8783,8 +13272,7 @@ AMP_NO_TEMPLATE = reply(
 )
 
 
-@pytest.mark.asyncio
-async def test_amp_model_without_a_template_gets_a_lone_message_as_typed(amp_server: StandIn) -> None:
+async def test_amp_model_without_a_template_gets_a_lone_message_as_typed(amp_server):
     amp_server.script(*[AMP_NO_TEMPLATE] * 2, path="tokenize")
     host = await amp_mount(amp_server)
     response = await host.provider.complete(amp_ask("The capital of France is"))
@@ -8794,93 +13282,90 @@ async def test_amp_model_without_a_template_gets_a_lone_message_as_typed(amp_ser
     ]
     response = await host.provider.complete(amp_ask("A", "B", "Hello"))
     reason = "the model has no chat template"
-    assert response.degradation == Degradation(requested="completions", actual="chat", reason=reason)
+    assert response.degradation == Degradation(
+        requested="completions", actual="chat", reason=reason
+    )
     assert amp_paths(amp_server)[-1] == "/v1/chat/completions"
 
 
-@pytest.mark.asyncio
-@pytest.mark.parametrize(
+@amp_cases(
     "raw",
-    [
-        pytest.param(reply(403, {"detail": "Forbidden"}), id="403"),
-        pytest.param(reply(404, {"detail": "Not Found"}), id="404"),
-        pytest.param(reply(405, {"detail": "Method Not Allowed"}), id="405"),
-        pytest.param(reply(404, "<html>nothing here</html>", {"content-type": "text/html"}), id="404 in HTML"),
-        pytest.param(reply(200, "<html>welcome</html>", {"content-type": "text/html"}), id="HTML"),
-        pytest.param(reply(200, {"object": "list"}), id="something else"),
-    ],
+    {
+        "403": reply(403, {"detail": "Forbidden"}),
+        "404": reply(404, {"detail": "Not Found"}),
+        "405": reply(405, {"detail": "Method Not Allowed"}),
+        "404 in HTML": reply(404, "<html>nothing here</html>", {"content-type": "text/html"}),
+        "HTML": reply(200, "<html>welcome</html>", {"content-type": "text/html"}),
+        "something else": reply(200, {"object": "list"}),
+    },
 )
-async def test_amp_hidden_tokenizer_is_remembered_and_said_once(
-    raw: bytes, amp_server: StandIn, caplog: pytest.LogCaptureFixture
-) -> None:
+async def test_amp_hidden_tokenizer_is_remembered_and_said_once(raw, amp_server, caplog):
     amp_server.script(raw, path="tokenize")
     host = await amp_mount(amp_server)
-    responses = [await host.provider.complete(amp_ask("Hello")) for _ in range(3)]
+    responses = [await amp_hello(host) for _ in range(3)]
     reason = "/tokenize is hidden by a gateway"
     wanted = Degradation(requested="completions", actual="chat", reason=reason)
     assert [response.degradation for response in responses] == [wanted] * 3
     assert amp_paths(amp_server) == ["/tokenize", *["/v1/chat/completions"] * 3]
     assert [record.levelname for record in caplog.records] == ["WARNING"]
-    assert {response.text for response in responses} == {"\n\nHello! How can I help you today?"}
+    assert {response.text for response in responses} == {AMP_HELLO}
 
 
-@pytest.mark.asyncio
-async def test_amp_tokenizer_that_fails_otherwise_is_an_error(amp_server: StandIn) -> None:
+async def test_amp_tokenizer_that_fails_otherwise_is_an_error(amp_server):
     amp_server.script(amp_error(400, "A template's complaint."), path="tokenize")
     host = await amp_mount(amp_server)
     with pytest.raises(llm_errors.InvalidRequestError, match="A template's complaint"):
-        await host.provider.complete(amp_ask("Hello"))
-    assert (await host.provider.complete(amp_ask("Hello"))).degradation is None
+        await amp_hello(host)
+    assert (await amp_hello(host)).degradation is None
 
 
-@pytest.mark.asyncio
-async def test_amp_tokenizer_that_is_busy_is_asked_again(amp_server: StandIn) -> None:
+async def test_amp_tokenizer_that_is_busy_is_asked_again(amp_server):
     amp_server.script(reply(503, "busy"), path="tokenize")
     host = await amp_mount(amp_server, max_retry_delay=0.01)
-    assert (await host.provider.complete(amp_ask("Hello"))).degradation is None
+    assert (await amp_hello(host)).degradation is None
     assert amp_paths(amp_server) == ["/tokenize", "/tokenize", "/v1/completions"]
     assert [payload["attempt"] for payload in host.payloads("provider:retry")] == [1]
 
 
-@pytest.mark.asyncio
-@pytest.mark.parametrize(
+@amp_cases(
     ("request_", "reason"),
-    [
-        pytest.param(amp_ask("Hello", tools=[AMP_TOOL]), "tools", id="tools"),
-        pytest.param(
+    {
+        "tools": (amp_ask("Hello", tools=[AMP_TOOL]), "tools"),
+        "results": (
             ChatRequest(messages=[Message(**message) for message in AMP_ORPHANS]),
             "tool results in the history",
-            id="results",
         ),
-        pytest.param(
+        "images": (
             ChatRequest(
                 messages=[
-                    Message(role="user", content=[{"type": "image", "source": {"type": "url", "url": "http://a/b"}}])
+                    Message(
+                        role="user",
+                        content=[{"type": "image", "source": {"type": "url", "url": "http://a/b"}}],
+                    )
                 ]
             ),
             "images",
-            id="images",
         ),
-    ],
+    },
 )
 async def test_amp_what_cannot_be_rendered_goes_to_chat_and_says_so(
-    request_: Any, reason: str, amp_server: StandIn, caplog: pytest.LogCaptureFixture
-) -> None:
+    request_, reason, amp_server, caplog
+):
     host = await amp_mount(amp_server)
     response = await host.provider.complete(request_)
-    assert response.degradation == Degradation(requested="completions", actual="chat", reason=reason)
+    assert response.degradation == Degradation(
+        requested="completions", actual="chat", reason=reason
+    )
     assert amp_paths(amp_server) == ["/v1/chat/completions"]
-    assert (await host.provider.complete(amp_ask("Hello"))).degradation is None  # nothing of it is remembered
+    assert (await amp_hello(host)).degradation is None  # nothing of it is remembered
 
 
-@pytest.mark.asyncio
-async def test_amp_chat_mode_degrades_nothing(amp_server: StandIn) -> None:
+async def test_amp_chat_mode_degrades_nothing(amp_server):
     host = await amp_mount(amp_server, use_completions=False)
     assert (await host.provider.complete(amp_ask("Hello", tools=[AMP_TOOL]))).degradation is None
 
 
-@pytest.mark.asyncio
-async def test_amp_prompt_format_raw_sends_the_text_as_it_is(amp_server: StandIn) -> None:
+async def test_amp_prompt_format_raw_sends_the_text_as_it_is(amp_server):
     host = await amp_mount(amp_server, prompt_format="raw")
     response = await host.provider.complete(amp_ask("The capital of France is"))
     assert (response.content, response.degradation) == ([TextBlock(text=" Paris.")], None)
@@ -8889,31 +13374,43 @@ async def test_amp_prompt_format_raw_sends_the_text_as_it_is(amp_server: StandIn
     assert amp_paths(amp_server) == ["/v1/completions"]
 
 
-@pytest.mark.asyncio
-@pytest.mark.parametrize(
-    "raw",
-    [pytest.param(AMP_NO_TEMPLATE, id="no template"), pytest.param(reply(404, {"detail": "Not Found"}), id="hidden")],
-)
-async def test_amp_prompt_format_chat_template_renders_or_raises(raw: bytes, amp_server: StandIn) -> None:
+@amp_cases("raw", {"no template": AMP_NO_TEMPLATE, "hidden": reply(404, {"detail": "Not Found"})})
+async def test_amp_prompt_format_chat_template_renders_or_raises(raw, amp_server):
     host = await amp_mount(amp_server, prompt_format="chat_template")
-    assert (await host.provider.complete(amp_ask("Hello"))).degradation is None
+    assert (await amp_hello(host)).degradation is None
     amp_server.script(raw, path="tokenize")
     for _ in range(2 if raw != AMP_NO_TEMPLATE else 1):
         with pytest.raises(llm_errors.LLMError):
-            await host.provider.complete(amp_ask("Hello"))
+            await amp_hello(host)
     assert "/v1/chat/completions" not in amp_paths(amp_server)
 
 
-def amp_rendered(ids: Sequence[int], strings: Sequence[str] | None = None, limit: int | None = 131072) -> bytes:
-    return reply(200, {"count": len(ids), "max_model_len": limit, "tokens": list(ids), "token_strs": strings})
+def amp_rendered(
+    ids: Sequence[int], strings: Sequence[str] | None = None, limit: int | None = 131072
+) -> bytes:
+    return reply(
+        200, {"count": len(ids), "max_model_len": limit, "tokens": list(ids), "token_strs": strings}
+    )
 
 
 def amp_text_chunks(*texts: str, logprobs: bool = False, **last: Any) -> list[dict[str, Any]]:
     chunks = []
     for text in texts:
-        told = {"text_offset": [0], "token_logprobs": [-0.5], "tokens": [text], "top_logprobs": [{text: -0.5}]}
-        choice = {"index": 0, "text": text, "logprobs": told if logprobs else None, "finish_reason": None}
-        chunks.append({"id": "cmpl-1", "object": "text_completion", "model": MODEL, "choices": [choice]})
+        told = {
+            "text_offset": [0],
+            "token_logprobs": [-0.5],
+            "tokens": [text],
+            "top_logprobs": [{text: -0.5}],
+        }
+        choice = {
+            "index": 0,
+            "text": text,
+            "logprobs": told if logprobs else None,
+            "finish_reason": None,
+        }
+        chunks.append(
+            {"id": "cmpl-1", "object": "text_completion", "model": MODEL, "choices": [choice]}
+        )
     chunks[-1]["choices"][0] |= {"finish_reason": "stop", "stop_reason": None, **last}
     return chunks
 
@@ -8937,93 +13434,103 @@ AMP_HARMONY_TEXTS = (
 )
 
 
-@pytest.mark.asyncio
-async def test_amp_gpt_oss_plain_turns_are_split_at_its_channels(amp_server: StandIn) -> None:
+async def test_amp_gpt_oss_plain_turns_are_split_at_its_channels(amp_server):
     amp_server.script(amp_rendered(AMP_HARMONY_IDS), path="tokenize")
     amp_server.script(sse(*amp_text_chunks(*AMP_HARMONY_TEXTS, logprobs=True)), path="completions")
     host = await amp_mount(amp_server)
     with request_options(logprobs=1) as calls:
         response = await host.provider.complete(amp_ask("What is 2+2?"))
-    assert response.content == [ThinkingBlock(thinking="Two plus two equals four."), TextBlock(text="2 + 2 = 4")]
+    assert response.content == [
+        ThinkingBlock(thinking="Two plus two equals four."),
+        TextBlock(text="2 + 2 = 4"),
+    ]
     assert response.degradation is None
     [body] = amp_bodies(amp_server)
-    assert (body["prompt"], body["skip_special_tokens"], body["logprobs"]) == (AMP_HARMONY_IDS, False, 1)
+    assert (body["prompt"], body["skip_special_tokens"], body["logprobs"]) == (
+        AMP_HARMONY_IDS,
+        False,
+        1,
+    )
     assert body["max_tokens"] == 131072 - len(AMP_HARMONY_IDS)
     assert [token.token for token in calls[0].logprobs] == list(AMP_HARMONY_TEXTS)
-    assert [payload["block_type"] for payload in host.payloads("llm:stream_block_start")] == ["thinking", "text"]
+    assert [payload["block_type"] for payload in host.payloads("llm:stream_block_start")] == [
+        "thinking",
+        "text",
+    ]
     assert "/detokenize" not in amp_paths(amp_server)[2:]
 
 
-@pytest.mark.asyncio
-@pytest.mark.parametrize(
+@amp_cases(
     ("messages", "reason"),
-    [
-        pytest.param(
-            [{"role": "system", "content": "Be brief."}, AMP_USER], "gpt-oss with a system prompt", id="system"
+    {
+        "system": (
+            [{"role": "system", "content": "Be brief."}, AMP_USER],
+            "gpt-oss with a system prompt",
         ),
-        pytest.param(
+        "past reasoning": (
             [
                 AMP_USER,
                 {
                     "role": "assistant",
-                    "content": [{"type": "thinking", "thinking": "Hm."}, {"type": "text", "text": "A"}],
+                    "content": [
+                        {"type": "thinking", "thinking": "Hm."},
+                        {"type": "text", "text": "A"},
+                    ],
                 },
                 AMP_USER,
             ],
             "gpt-oss with past reasoning",
-            id="past reasoning",
         ),
-        pytest.param(
-            [{"role": "user", "content": "Say <|end|>"}], "gpt-oss with more than plain text", id="control tokens"
+        "control tokens": (
+            [{"role": "user", "content": "Say <|end|>"}],
+            "gpt-oss with more than plain text",
         ),
-    ],
+    },
 )
-async def test_amp_gpt_oss_beyond_plain_turns_goes_to_chat(messages: Any, reason: str, amp_server: StandIn) -> None:
+async def test_amp_gpt_oss_beyond_plain_turns_goes_to_chat(messages, reason, amp_server):
     amp_server.script(amp_rendered(AMP_HARMONY_IDS), path="tokenize")
     host = await amp_mount(amp_server)
-    response = await host.provider.complete(ChatRequest(messages=[Message(**message) for message in messages]))
-    assert response.degradation == Degradation(requested="completions", actual="chat", reason=reason)
+    response = await host.provider.complete(
+        ChatRequest(messages=[Message(**message) for message in messages])
+    )
+    assert response.degradation == Degradation(
+        requested="completions", actual="chat", reason=reason
+    )
     assert amp_paths(amp_server)[-1] == "/v1/chat/completions"
     assert "skip_special_tokens" not in amp_bodies(amp_server)[0]
 
 
-@pytest.mark.asyncio
-@pytest.mark.parametrize(
+@amp_cases(
     ("steps", "texts", "content"),
-    [
-        pytest.param(
+    {
+        "the template has opened the tag": (
             [amp_rendered([1, 2, 3], ["assistant", "Ċ", "<think>"])],
             ("Hm", ".</th", "ink>", "4"),
             [ThinkingBlock(thinking="Hm."), TextBlock(text="4")],
-            id="the template has opened the tag",
         ),
-        pytest.param(
+        "the template has closed it too": (
             [amp_rendered([1, 2, 3], ["<think>", "ĊĊ", "</think>"])],
             ("4", " <think>"),
             [TextBlock(text="4 <think>")],
-            id="the template has closed it too",
         ),
-        pytest.param(
+        "a server that sends no strings is asked for the end": (
             [amp_rendered([1, 2, 3]), reply(200, {"prompt": "assistant\n<think>\n"})],
             ("Hm.", "</think>4"),
             [ThinkingBlock(thinking="Hm."), TextBlock(text="4")],
-            id="a server that sends no strings is asked for the end",
         ),
-        pytest.param(
+        "or not asked": (
             [amp_rendered([1, 2, 3]), reply(404, {"detail": "Not Found"})],
             ("<think>", "Hm.", "</think>", "4"),
             [ThinkingBlock(thinking="Hm."), TextBlock(text="4")],
-            id="or not asked",
         ),
-        pytest.param(
+        "never closed is all reasoning": (
             [amp_rendered([1, 2, 3], ["a"])],
             ("<think>", "Hm"),
             [ThinkingBlock(thinking="Hm"), TextBlock(text="")],
-            id="never closed is all reasoning",
         ),
-    ],
+    },
 )
-async def test_amp_thoughts_are_split_off_the_text(steps: Any, texts: Any, content: Any, amp_server: StandIn) -> None:
+async def test_amp_thoughts_are_split_off_the_text(steps, texts, content, amp_server):
     amp_server.script(*steps, path="tokenize")  # and /detokenize
     amp_server.script(sse(*amp_text_chunks(*texts, logprobs=True)), path="completions")
     host = await amp_mount(amp_server)
@@ -9032,19 +13539,17 @@ async def test_amp_thoughts_are_split_off_the_text(steps: Any, texts: Any, conte
     assert [token.token for token in calls[0].logprobs] == list(texts)
 
 
-@pytest.mark.asyncio
-async def test_amp_rendering_counts_towards_the_timeout(amp_server: StandIn) -> None:
+async def test_amp_rendering_counts_towards_the_timeout(amp_server):
     amp_server.script(stall(), path="tokenize")
     host = await amp_mount(amp_server, timeout=0.2, max_retries=0)
     started = time.monotonic()
     with pytest.raises(llm_errors.LLMTimeoutError):
-        await host.provider.complete(amp_ask("Hello"))
+        await amp_hello(host)
     assert time.monotonic() - started < AMP_IN_TIME_S
     await amp_is_quiet(amp_server, gone=1)
 
 
-@pytest.mark.asyncio
-async def test_amp_echo_is_not_split(amp_server: StandIn) -> None:
+async def test_amp_echo_is_not_split(amp_server):
     """The prompt's own markup stands before the answer's."""
     host = await amp_mount(amp_server)
     with request_options(echo=True) as calls:
@@ -9062,15 +13567,13 @@ def amp_live_url() -> str:
 
 
 @pytest.mark.live
-@pytest.mark.asyncio
-async def test_amp_live_completions_answer_as_the_chat_endpoint_does(amp_live_url: str) -> None:
+async def test_amp_live_completions_answer_as_the_chat_endpoint_does(amp_live_url):
     responses = await amp_check_same_as_chat(amp_live_url, AMP_TURNS, "You are a helpful parrot.")
     assert all(response.text.strip() for response in responses)
 
 
 @pytest.mark.live
-@pytest.mark.asyncio
-async def test_amp_live_session_runs_a_tool(amp_live_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_amp_live_session_runs_a_tool(amp_live_url, monkeypatch):
     config = {"temperature": "0", "logprobs": "1"}
     async with amp_session(monkeypatch, amp_live_url, AmpWeather, vllm=config) as session:
         with request_options() as calls:
@@ -9081,10 +13584,11 @@ async def test_amp_live_session_runs_a_tool(amp_live_url: str, monkeypatch: pyte
 
 
 @pytest.mark.live
-@pytest.mark.asyncio
-async def test_amp_live_cancelled_call_stops_the_engine(amp_live_url: str) -> None:
+async def test_amp_live_cancelled_call_stops_the_engine(amp_live_url):
     host = await amp_mount(amp_live_url, default_model=None)
-    call = asyncio.ensure_future(host.provider.complete(amp_ask("Once upon a time"), ignore_eos=True))
+    call = asyncio.ensure_future(
+        host.provider.complete(amp_ask("Once upon a time"), ignore_eos=True)
+    )
     await amp_until(lambda: "llm:stream_block_delta" in host.names())
     call.cancel()
     with pytest.raises(asyncio.CancelledError):
@@ -9097,28 +13601,45 @@ async def test_amp_live_cancelled_call_stops_the_engine(amp_live_url: str) -> No
 
 CLI_MODULE: Final = Path(vllm_provider.__file__)
 CLI_KEY: Final = "sk-f3a9c1e7"
-CLI_JSON: Final = {"Content-Type": "application/json"}
-CLI_TOOLS: Final = json.dumps([{"type": "function", "function": {"name": "get_weather", "parameters": {}}}])
-CLI_PIECE: Final = {"id": "cmpl-1", "choices": [{"index": 0, "text": " a"}]}
+CLI_TOOLS: Final = json.dumps(
+    [{"type": "function", "function": {"name": "get_weather", "parameters": {}}}]
+)
+CLI_TEXT: Final = {"id": "cmpl-1", "choices": [{"index": 0, "text": " a"}]}
+CLI_ANSWER: Final = {"id": "chatcmpl-1", "choices": [{"index": 0, "delta": {"content": "Yes"}}]}
 CLI_THOUGHT: Final = {"id": "chatcmpl-1", "choices": [{"index": 0, "delta": {"reasoning": "Hm"}}]}
 Cli: TypeAlias = Callable[..., tuple[int, str, str]]
 
 
+class _Stdin(io.StringIO):
+    """Standard input with a text, of a pipe or a terminal."""
+
+    encoding = "utf-8"
+
+    def __init__(self, text: str = "", *, is_terminal: bool = False) -> None:
+        super().__init__(text)
+        self._is_terminal = is_terminal
+
+    def isatty(self) -> bool:
+        return self._is_terminal
+
+
 @pytest.fixture
-def cli_server() -> Iterator[StandIn]:
+def cli_server():
     with StandIn() as server:
         yield server
 
 
 @pytest.fixture
-def cli_clean(monkeypatch: pytest.MonkeyPatch) -> None:
+def cli_clean(monkeypatch):
     for name in ("VLLM_BASE_URL", "VLLM_API_KEY", "NO_COLOR", "PYTHONIOENCODING"):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setattr("random.uniform", lambda _low, _high: 0.0)  # retries do not wait
+    monkeypatch.setattr(sys, "stdin", _Stdin())
 
 
 @pytest.fixture
-def cli(cli_clean: None, capsys: pytest.CaptureFixture[str]) -> Cli:
+def cli(cli_clean, capsys):
     """Return a function that runs the command line in this process: exit code, stdout, stderr."""
 
     def run(*argv: str) -> tuple[int, str, str]:
@@ -9131,13 +13652,27 @@ def cli(cli_clean: None, capsys: pytest.CaptureFixture[str]) -> Cli:
     return run
 
 
+@pytest.fixture
+def cli_interruptible():
+    """Let SIGINT reach children, also where the tests run in the background of a shell."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def _cli_environment(env: Mapping[str, str]) -> dict[str, str]:
+    others = re.compile(r"VLLM_|NO_COLOR|PYTHON(IO|UNBUF)")
+    return {name: value for name, value in os.environ.items() if not others.match(name)} | dict(env)
+
+
 @contextlib.contextmanager
-def cli_process(*argv: str, env: Sequence[tuple[str, str]] = (), **options: Any) -> Iterator[subprocess.Popen[bytes]]:
-    """Start `python vllm_provider.py …` with pipes on all sides; it is gone when the block is left."""
-    mine = {name: value for name, value in os.environ.items() if not re.match(r"VLLM_|NO_COLOR|PYTHON(IO|UNBUF)", name)}
+def cli_process(
+    *argv: str, env: Mapping[str, str] | None = None, **options: Any
+) -> Iterator[subprocess.Popen[bytes]]:
+    """Start `python vllm_provider.py …` with pipes; it is gone when the block is left."""
     pipes: dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
     command = [sys.executable, "-W", "error", str(CLI_MODULE), *argv]
-    with subprocess.Popen(command, env=mine | dict(env), **pipes | options) as process:
+    with subprocess.Popen(command, env=_cli_environment(env or {}), **pipes | options) as process:
         try:
             yield process
         finally:
@@ -9153,7 +13688,7 @@ def cli_output(*argv: str, stdin: bytes = b"", **options: Any) -> tuple[int, str
 
 @contextlib.contextmanager
 def cli_terminal(monkeypatch: pytest.MonkeyPatch, *names: str) -> Iterator[Callable[[], str]]:
-    """Put a terminal in the place of these streams of `sys`; yield a function that returns what it has shown."""
+    """Put a terminal in the place of these streams; yield a function that returns what it shows."""
     leader, follower = pty.openpty()
     shown = bytearray()
 
@@ -9179,736 +13714,1240 @@ def cli_terminal(monkeypatch: pytest.MonkeyPatch, *names: str) -> Iterator[Calla
     os.close(leader)
 
 
+CLI_ON_TERMINAL: Final = """
+import fcntl, os, signal, sys, termios
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+signal.signal(signal.SIGINT, signal.default_int_handler)
+os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
+"""
+
+
+class CliScreen:
+    """The command line in a process of its own, whose terminal is a pseudo-terminal."""
+
+    def __init__(self, *argv: str, **env: str) -> None:
+        self._leader, follower = pty.openpty()
+        command = [sys.executable, "-c", CLI_ON_TERMINAL, str(CLI_MODULE), *argv]
+        streams = dict.fromkeys(("stdin", "stdout", "stderr"), follower)
+        self._process = subprocess.Popen(
+            command,
+            env=_cli_environment({"TERM": "dumb", **env}),
+            start_new_session=True,
+            **streams,
+        )
+        os.close(follower)
+        self._shown = b""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.kill()
+        self._process.wait()
+        os.close(self._leader)
+
+    def read(self, text: str = "") -> str:
+        """Return what is shown until `text` is; without a text, until the end."""
+        wanted = text.encode()
+        deadline = time.monotonic() + 20.0
+        while not wanted or wanted not in self._shown:
+            assert time.monotonic() < deadline, self._shown
+            if select.select([self._leader], [], [], 0.1)[0]:
+                try:
+                    self._shown += os.read(self._leader, 65536)
+                except OSError:  # the end of a terminal
+                    assert not wanted, self._shown
+                    wanted = self._shown
+                    break
+
+        end = self._shown.find(wanted) + len(wanted)
+        shown, self._shown = self._shown[:end], self._shown[end:]
+        return shown.decode().replace("\r\n", "\n")
+
+    def type(self, text: str) -> None:
+        os.write(self._leader, text.encode())
+
+    def code(self) -> int:
+        self.read()
+        return self._process.wait(10.0)
+
+
 # ---- Command line: what it prints -------------------------------------------
 
+CLI_SUM: Final = ("2 + 2 = 4\n", "Two plus two equals four.\n")
+
 
 @pytest.mark.parametrize(
-    ("argv", "out", "err"),
-    [
+    ("argv", "out", "err"), [
         pytest.param(["complete", "The capital of France is"], " Paris.\n", "", id="complete"),
-        pytest.param(
-            ["complete", "The capital of France is", "--logprobs", "2"],
-            " Paris.\n",
-            "",
-            id="logprobs-in-a-pipe-leave-the-text-alone",
-        ),
+        pytest.param(["complete", "The capital of France is", "--logprobs", "2"], " Paris.\n", "",
+            id="logprobs-in-a-pipe-leave-the-text-alone"),
         pytest.param(["complete", "What is 2+2?", "--no-stream"], " 4\n", "", id="complete-whole"),
-        pytest.param(
-            ["chat", "What is 2+2?"],
-            "\n\n2 + 2 = 4\n",
-            "\nTwo plus two equals four.\n\n",
-            id="chat-reasoning-on-stderr",
-        ),
-        pytest.param(
-            ["chat", "What is 2+2?", "--no-stream"],
-            "\n\n2 + 2 = 4\n",
-            "\nTwo plus two equals four.\n\n",
-            id="chat-whole",  # a line break between reasoning and text here too
-        ),
-        pytest.param(
-            ["chat", "Say hello in Japanese."],
-            "\n\nこんにちは、世界 🌸🚀\n",
-            "\nUse hiragana.\n\n",
-            id="characters-beyond-latin",
-        ),
-        pytest.param(
-            ["complete", "What is 2+2?", "--chat-template"],
-            "\n\n2 + 2 = 4\n",
-            "\nTwo plus two equals four.\n\n",
-            id="chat-template-splits-reasoning",
-        ),
-        pytest.param(
-            ["complete", "What is 2+2?", "--chat-template", "--no-stream"],
-            "\n\n2 + 2 = 4\n",
-            "\nTwo plus two equals four.\n\n",
-            id="chat-template-whole",
-        ),
-        pytest.param(
-            ["complete", "Count to 100.", "--stop", "never", "--stop", " 3"], " 1 2\n", "", id="stop-repeated"
-        ),
-        pytest.param(
-            ["chat", "Hello", "--param", "n=2"],
-            "\n\nHello! How can I help you today?\n\n\nHello! How can I help you today?\n",
-            "\nA greeting.\n\n",
-            id="several-choices-one-after-the-other",
-        ),
+        pytest.param(["chat", "What is 2+2?"], *CLI_SUM, id="chat-reasoning-on-stderr"),
+        pytest.param(["chat", "What is 2+2?", "--no-stream"], *CLI_SUM, id="chat-whole"),
+        pytest.param(["chat", "Say hello in Japanese."],
+            "こんにちは、世界 🌸🚀\n", "Use hiragana.\n", id="characters-beyond-latin"),
+        pytest.param(["complete", "What is 2+2?", "--chat-template"], *CLI_SUM,
+            id="chat-template-splits-reasoning"),
+        pytest.param(["complete", "What is 2+2?", "--chat-template", "--no-stream"], *CLI_SUM,
+            id="chat-template-whole"),
+        pytest.param(["complete", "Count to 100.", "--stop", "never", "--stop", " 3"], " 1 2\n", "",
+            id="stop-repeated"),
         pytest.param(
             ["chat", "What is the weather in Paris and Rome?", "--param", f"tools={CLI_TOOLS}"],
-            '\n\n\nget_weather({"city": "Paris"})\nget_weather({"city": "Rome"})\n',
-            "\nTwo calls.\n\n",
-            id="tool-calls",
-        ),
-        pytest.param(["models"], "parrot\t2048 tokens\n", "", id="models"),
+            'get_weather({"city": "Paris"})\nget_weather({"city": "Rome"})\n', "Two calls.\n",
+            id="tool-calls"),
     ],
-)
-def test_cli_prints(cli: Cli, cli_server: StandIn, argv: list[str], out: str, err: str) -> None:
-    assert cli(*argv, "--base-url", cli_server.url) == (0, out, err)
-
-
-def test_cli_health_says_which_server_is_well(cli: Cli, cli_server: StandIn) -> None:
-    assert cli("health", "--base-url", f"{cli_server.url}/v1/") == (0, f"{cli_server.url} is well\n", "")
-
-
-def test_cli_models_without_a_limit(cli: Cli, cli_server: StandIn) -> None:
-    cli_server.script(reply(200, {"object": "list", "data": [{"id": "a"}, {"id": "b", "max_model_len": 8}]}))
-    assert cli("models", "--base-url", cli_server.url) == (0, "a\t? tokens\nb\t8 tokens\n", "")
-
-
-def test_cli_version_and_help(cli: Cli) -> None:
-    assert cli("--version") == (0, f"vllm-provider {vllm_provider.__version__}\n", "")
-    code, out, err = cli("complete", "--help")
-    assert (code, err) == (0, "")
-    assert {"--system", "--stop", "--param", "--chat-template", "--json"} <= set(re.findall(r"--[a-z-]+", out))
+)  # fmt: skip
+def test_cli_prints(cli, cli_server, argv, out, err):
+    assert cli(*argv, "--temperature", "0", "--base-url", cli_server.url) == (0, out, err)
 
 
 @pytest.mark.parametrize(
-    ("piece", "name", "shown"),
-    [
-        pytest.param(CLI_PIECE, "stdout", b" a", id="text"),
-        pytest.param(CLI_THOUGHT, "stderr", b"Hm", id="reasoning"),
+    ("path", "argv", "events", "out", "err"), [
+        pytest.param("/completions", "complete", [{"text": "\n\na\n"}], "\n\na\n", "",
+            id="text-keeps-its-line-breaks-and-one-that-ends-it-is-enough"),
+        pytest.param("/completions", "complete", [{"text": "", "finish_reason": "stop"}], "", "",
+            id="no-line-for-an-empty-reply"),
+        pytest.param("/completions", "complete",
+            [{"text": "a"}, {"index": 1, "text": "B"}, {"text": "b"}, {"index": 1, "text": "C\n"}],
+            "ab\nBC\n", "", id="several-choices-one-after-the-other"),
+        pytest.param("/chat/completions", "chat", [{"delta": {"content": "\n\nYes"}}], "\n\nYes\n",
+            "", id="text-without-reasoning-keeps-its-line-breaks"),
+        pytest.param("/chat/completions", "chat",
+            [{"delta": {"reasoning": "\n"}}, {"delta": {"reasoning": "\nHm\n"}},
+             {"delta": {"content": "\n"}}, {"delta": {"content": "\nYes\n\nNo"}}],
+            "Yes\n\nNo\n", "Hm\n", id="no-blank-lines-around-reasoning"),
     ],
-)
-def test_cli_prints_each_piece_at_once(cli_server: StandIn, piece: dict[str, Any], name: str, shown: bytes) -> None:
-    cli_server.script(stall(sse(piece, done=False, end=False), timeout_s=5.0))
-    with cli_process("--base-url", cli_server.url, "--model", MODEL, "chat", "x") as process:
-        assert getattr(process, name).read(2) == shown
-        assert cli_server.running == 1
-
-
-def test_cli_runs_as_a_file(cli_server: StandIn) -> None:
-    argv = ("--base-url", cli_server.url, "complete", "The capital of France is")
-    assert cli_output(*argv) == (0, " Paris.\n", "")
-
-
-# ---- Command line: options --------------------------------------------------
-
-
-@pytest.mark.parametrize("is_after", [pytest.param(False, id="before"), pytest.param(True, id="after")])
-def test_cli_options_before_and_after_the_command(cli: Cli, cli_server: StandIn, is_after: bool) -> None:
-    options = ["--base-url", cli_server.url, "--api-key", CLI_KEY, "--model", MODEL, "--timeout", "60"]
-    assert cli(*options * (not is_after), "complete", "What is 2+2?", *options * is_after) == (0, " 4\n", "")
-    (request,) = cli_server.requests
-    assert (request.headers["Authorization"], request.body["model"]) == (f"Bearer {CLI_KEY}", MODEL)
-
-
-def test_cli_an_option_after_the_command_wins(cli: Cli, cli_server: StandIn) -> None:
-    argv = ("--model", "other", "--base-url", cli_server.url, "complete", "What is 2+2?", "--model", MODEL)
-    assert cli(*argv) == (0, " 4\n", "")
-
-
-def test_cli_takes_url_and_key_from_the_environment(
-    cli: Cli, cli_server: StandIn, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("VLLM_BASE_URL", cli_server.url)
-    monkeypatch.setenv("VLLM_API_KEY", CLI_KEY)
-    assert cli("complete", "What is 2+2?")[0] == 0
-    assert cli("complete", "What is 2+2?", "--api-key", "other")[0] == 0
-    keys = [request.headers["Authorization"] for request in cli_server.requests]
-    assert keys == [*[f"Bearer {CLI_KEY}"] * 2, *["Bearer other"] * 2]
-    monkeypatch.setenv("VLLM_BASE_URL", "http://127.0.0.1:9")
-    assert cli("complete", "What is 2+2?", "--base-url", cli_server.url)[0] == 0
-
-
-CLI_ASKED: Final = ["--max-tokens", "5", "--temperature", "0", "--seed", "7", "--logprobs", "2", "--stop", "a"]
-
-
-@pytest.mark.parametrize(
-    ("argv", "body"),
-    [
-        pytest.param(
-            ["complete", "Hello", *CLI_ASKED],
-            {"prompt": "Hello", "max_tokens": 5, "temperature": 0.0, "seed": 7, "logprobs": 2, "stop": ["a"]},
-            id="complete",
-        ),
-        pytest.param(
-            ["chat", "Hello", *CLI_ASKED, "--stop", "b", "--system", "Be brief."],
-            {
-                "messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello"}],
-                "max_tokens": 5,
-                "temperature": 0.0,
-                "seed": 7,
-                "logprobs": True,
-                "top_logprobs": 2,
-                "stop": ["a", "b"],
-            },
-            id="chat",
-        ),
-        pytest.param(
-            ["chat", "Hello", "--param", "top_k=5", "--param", "min-p=0.5", "--param", 'stop=["x"]', "--stop", "a"],
-            {"messages": [{"role": "user", "content": "Hello"}], "top_k": 5, "min_p": 0.5, "stop": ["x"]},
-            id="params-win-over-options",
-        ),
-        pytest.param(
-            ["complete", "Hello", "--max-tokens", "0", "--param", "echo=true", "--param", "logprobs=null"],
-            {"prompt": "Hello", "max_tokens": 0, "echo": True},
-            id="zero-is-sent-and-null-is-not",
-        ),
-    ],
-)
-def test_cli_sends(cli: Cli, cli_server: StandIn, argv: list[str], body: dict[str, Any]) -> None:
-    streamed = {"model": MODEL, "stream": True, "stream_options": {"include_usage": True}}
-    assert cli(*argv, "--base-url", cli_server.url)[0] == 0
-    assert cli_server.requests[-1].body == body | streamed
-    assert cli(*argv, "--base-url", cli_server.url, "--no-stream")[0] == 0
-    assert cli_server.requests[-1].body == body | {"model": MODEL}
-
-
-def test_cli_chat_template_renders_the_system_message_too(cli: Cli, cli_server: StandIn) -> None:
-    argv = ("complete", "What is 2+2?", "--chat-template", "--system", "Be brief.", "--base-url", cli_server.url)
-    assert cli(*argv) == (0, "\n\n2 + 2 = 4\n", "\nTwo plus two equals four.\n\n")
-    asked = {request.path: request.body for request in cli_server.requests}
-    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What is 2+2?"}]
-    assert asked["/tokenize"]["messages"] == messages
-    with VLLMClient(cli_server.url) as client:
-        assert asked["/v1/completions"]["prompt"] == client.tokenize(messages)
-
-
-def test_cli_chat_template_never_goes_to_the_chat_endpoint(cli: Cli, cli_server: StandIn) -> None:
-    harmony = {"count": 1, "max_model_len": 2048, "tokens": [200006], "token_strs": ["<|start|>"]}
-    cli_server.script(reply(200, harmony), path="/tokenize")
-    argv = ("complete", "x", "--chat-template", "--system", "Be brief.", "--base-url", cli_server.url)
-    said = "vllm-provider: prompt_format chat_template cannot render this: gpt-oss with a system prompt\n"
-    assert cli(*argv) == (2, "", said)
-    assert "/v1/chat/completions" not in [request.path for request in cli_server.requests]
-
-
-@pytest.mark.parametrize(
-    ("stdin", "argv", "said"),
-    [
-        pytest.param("What is 2+2?", ["chat"], "What is 2+2?", id="as-it-is"),
-        pytest.param(" two\nlines\n", ["chat"], " two\nlines\n", id="white-space-kept"),
-        pytest.param("unread", ["chat", "Hello"], "Hello", id="not-read-when-there-is-an-argument"),
-        pytest.param("unread", ["chat", ""], "", id="not-read-when-the-argument-is-empty"),
-        pytest.param("世界 🌸", ["chat"], "世界 🌸", id="unicode"),
-    ],
-)
-def test_cli_prompt_from_stdin(
-    cli: Cli, cli_server: StandIn, monkeypatch: pytest.MonkeyPatch, stdin: str, argv: list[str], said: str
-) -> None:
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin.encode()), encoding="utf-8"))
-    assert cli(*argv, "--base-url", cli_server.url)[0] == 0
-    assert cli_server.requests[-1].body["messages"] == [{"role": "user", "content": said}]
-
-
-# ---- Command line: as JSON --------------------------------------------------
-
-
-def test_cli_json_is_the_whole_completion(cli: Cli, cli_server: StandIn) -> None:
-    argv = ("chat", "What is 2+2?", "--logprobs", "1", "--json", "--base-url", cli_server.url)
-    code, out, err = cli(*argv)
-    told = json.loads(out)
-    assert (code, err, out.count("\n")) == (0, "", 1)
-    assert set(told) == set(inspect.signature(vllm_provider.Completion).parameters)
-    (choice,) = told["choices"]
-    assert set(choice) == set(inspect.signature(vllm_provider.Choice).parameters)
-    assert (choice["text"], choice["finish_reason"]) == ("\n\n2 + 2 = 4", "stop")
-    assert (choice["reasoning"], len(choice["logprobs"])) == ("\nTwo plus two equals four.\n", 18)
-    token = choice["logprobs"][-2]
-    assert (token["token"], token["bytes"], len(token["top"])) == (" 4", list(b" 4"), 1)
-    assert told["usage"]["output_tokens"] == 18
-    assert "choices" not in told["payload"]
-
-
-def test_cli_json_of_a_whole_reply_has_its_payload(cli: Cli, cli_server: StandIn) -> None:
-    told = json.loads(cli("complete", "What is 2+2?", "--json", "--no-stream", "--base-url", cli_server.url)[1])
-    assert told["payload"]["choices"][0]["text"] == told["choices"][0]["text"] == " 4"
-
-
-def _no_constant(name: str) -> float:
-    raise AssertionError(f"{name} is not JSON")
-
-
-def test_cli_json_has_no_infinity_and_no_nan(cli: Cli, cli_server: StandIn) -> None:
-    logprobs = {"tokens": ["a", "b"], "token_logprobs": [-9999.0, math.nan], "top_logprobs": [{"c": -math.inf}, None]}
-    payload = {"id": "cmpl-1", "choices": [{"index": 0, "text": "ab", "logprobs": logprobs}]}
-    cli_server.script(reply(200, json.dumps(payload), CLI_JSON))
-    argv = ("complete", "x", "--json", "--no-stream", "--model", MODEL, "--base-url", cli_server.url)
-    told = json.loads(cli(*argv)[1], parse_constant=_no_constant)
-    first, second = told["choices"][0]["logprobs"]
-    assert (first["logprob"], first["top"][0]["logprob"], second["logprob"]) == (-9999.0, -9999.0, None)
-
-
-@pytest.mark.parametrize("encoding", ["utf-8", "ascii", "cp1252"])
-def test_cli_json_is_json_in_every_encoding(cli_server: StandIn, encoding: str) -> None:
-    argv = ("chat", "Say hello in Japanese.", "--json", "--base-url", cli_server.url)
-    code, out, err = cli_output(*argv, env=[("PYTHONIOENCODING", encoding)])
-    assert (code, err) == (0, "")
-    assert json.loads(out)["choices"][0]["text"] == "\n\nこんにちは、世界 🌸🚀"
-
-
-def test_cli_shows_what_the_terminal_lacks_as_escapes(cli_server: StandIn) -> None:
-    argv = ("complete", "é 🌸", "--base-url", cli_server.url)
-    assert cli_output(*argv, env=[("PYTHONIOENCODING", "ascii")])[:2] == (0, " You said: \\xe9 \\U0001f338\n")
-
-
-# ---- Command line: on a terminal --------------------------------------------
-
-
-def _coloured(token: str, *others: str, colour: int = 33) -> str:
-    return f"\x1b[{colour}m{token}\x1b[0m" + (f"\x1b[2m[{' '.join(map(repr, others))}]\x1b[0m" if others else "")
-
-
-CLI_PARIS: Final = ["complete", "The capital of France is", "--logprobs", "2"]
-
-
-@pytest.mark.parametrize(
-    ("argv", "env", "shown"),
-    [
-        pytest.param(
-            CLI_PARIS, {}, _coloured(" Paris", " the") + _coloured(".", " the") + "\n", id="colours-and-alternatives"
-        ),
-        pytest.param(CLI_PARIS[:2], {}, " Paris.\n", id="plain-without-logprobs"),
-        pytest.param(CLI_PARIS, {"NO_COLOR": "1"}, " Paris(0.68).(0.58)\n", id="no-color"),
-        pytest.param(
-            CLI_PARIS,
-            {"NO_COLOR": ""},
-            _coloured(" Paris", " the") + _coloured(".", " the") + "\n",
-            id="an-empty-no-color-is-none",  # no-color.org: "when present and not an empty string"
-        ),
-        pytest.param(
-            [*CLI_PARIS, "--no-stream", "--max-tokens", "1"],
-            {},
-            _coloured(" Paris", " the") + "\n",
-            id="whole-reply-whose-tokens-join-to-its-text",
-        ),
-        pytest.param(
-            [*CLI_PARIS, "--no-stream"],
-            {},
-            _coloured(" Paris", " the") + _coloured(".", " the") + "\n",
-            id="whole-reply-whose-end-token-has-no-text",
-        ),
-    ],
-)
-def test_cli_logprobs_on_a_terminal(
-    cli: Cli, cli_server: StandIn, monkeypatch: pytest.MonkeyPatch, argv: list[str], env: dict[str, str], shown: str
-) -> None:
-    for name, value in env.items():
-        monkeypatch.setenv(name, value)
-    with cli_terminal(monkeypatch, "stdout") as text:
-        assert main([*argv, "--base-url", cli_server.url]) == 0
-        assert text() == shown
-
-
-@pytest.mark.parametrize(
-    ("logprob", "shown"),
-    [
-        pytest.param(math.log(0.8001), _coloured(" a", colour=32), id="green-from-0.8"),
-        pytest.param(math.log(0.7999), _coloured(" a", colour=33), id="yellow-below"),
-        pytest.param(math.log(0.4001), _coloured(" a", colour=33), id="yellow-from-0.4"),
-        pytest.param(math.log(0.3999), _coloured(" a", colour=31), id="red-below"),
-        pytest.param(-9999.0, _coloured(" a", colour=31), id="impossible"),
-        pytest.param(None, " a", id="unknown"),
-    ],
-)
-def test_cli_colour_follows_the_probability(
-    cli: Cli, cli_server: StandIn, monkeypatch: pytest.MonkeyPatch, logprob: float | None, shown: str
-) -> None:
-    logprobs = {"tokens": [" a"], "token_logprobs": [logprob], "top_logprobs": [{" a": logprob or 0.0}]}
-    cli_server.script(sse({"id": "cmpl-1", "choices": [{"index": 0, "text": " a", "logprobs": logprobs}]}))
-    with cli_terminal(monkeypatch, "stdout") as text:
-        assert main(["complete", "x", "--logprobs", "1", "--model", MODEL, "--base-url", cli_server.url]) == 0
-        assert text() == f"{shown}\n"
-
-
-@pytest.mark.parametrize(
-    ("env", "shown"),
-    [
-        pytest.param({}, "\x1b[2mHm\x1b[0m\n", id="dim"),
-        pytest.param({"NO_COLOR": "1"}, "Hm\n", id="no-color"),
-    ],
-)
-def test_cli_reasoning_on_a_terminal(
-    cli: Cli,
-    cli_server: StandIn,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-    env: dict[str, str],
-    shown: str,
-) -> None:
-    for name, value in env.items():
-        monkeypatch.setenv(name, value)
-    cli_server.script(sse(CLI_THOUGHT, CLI_PIECE))
-    with cli_terminal(monkeypatch, "stderr") as text:
-        assert main(["chat", "x", "--model", MODEL, "--base-url", cli_server.url]) == 0
-        assert (text(), capsys.readouterr().out) == (shown, " a\n")
-
-
-@pytest.mark.parametrize(
-    ("piece", "begun"),
-    [pytest.param(CLI_PIECE, " a\n", id="after-text"), pytest.param(CLI_THOUGHT, "Hm\n", id="after-reasoning")],
-)
-def test_cli_an_error_begins_a_line_of_its_own(
-    cli: Cli, cli_server: StandIn, monkeypatch: pytest.MonkeyPatch, piece: dict[str, Any], begun: str
-) -> None:
-    monkeypatch.setenv("NO_COLOR", "1")
-    cli_server.script(sse(piece, done=False))
-    with cli_terminal(monkeypatch, "stdout", "stderr") as text:
-        assert main(["chat", "x", "--model", MODEL, "--base-url", cli_server.url]) == 1
-        assert text().startswith(f"{begun}vllm-provider: the stream ended without [DONE]: ")
-
-
-@pytest.mark.parametrize(
-    ("text", "shown"),
-    [
-        pytest.param("ab", "a(0.50)b(0.25)\n", id="the-end-token-has-no-text"),
-        pytest.param("xy", "xy\n", id="tokens-that-do-not-join"),
-    ],
-)
-def test_cli_whole_reply_on_a_terminal(
-    cli_clean: None, cli_server: StandIn, monkeypatch: pytest.MonkeyPatch, text: str, shown: str
-) -> None:
-    values = [math.log(0.5), math.log(0.25), -0.1]
-    logprobs = {"tokens": ["a", "b", "<|end|>"], "token_logprobs": values, "top_logprobs": [{}, {}, {}]}
-    choice = {"index": 0, "text": text, "logprobs": logprobs, "finish_reason": "stop"}
-    cli_server.script(reply(200, {"id": "a", "choices": [choice]}), path="/completions")
-    monkeypatch.setenv("NO_COLOR", "1")
-    with contextlib.redirect_stdout(io.StringIO()) as out:
-        monkeypatch.setattr(out, "isatty", lambda: True, raising=False)
-        main(["--base-url", cli_server.url, "--model", "m", "complete", "x", "--logprobs", "0", "--no-stream"])
-    assert out.getvalue() == shown
-
-
-def test_cli_unknown_probability_is_not_shown_as_none_at_all(
-    cli_clean: None, cli_server: StandIn, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    logprobs = {"tokens": ["a", "b"], "token_logprobs": [None, 0.0], "top_logprobs": [None, {}]}
-    choice = {"index": 0, "text": "ab", "logprobs": logprobs, "finish_reason": "length"}
-    cli_server.script(reply(200, {"id": "a", "choices": [choice]}), path="/completions")
-    monkeypatch.setenv("NO_COLOR", "1")
-    with contextlib.redirect_stdout(io.StringIO()) as out:
-        monkeypatch.setattr(out, "isatty", lambda: True, raising=False)
-        main(["--base-url", cli_server.url, "--model", "m", "complete", "x", "--logprobs", "0", "--no-stream"])
-    assert out.getvalue() == "ab(1.00)\n"
-
-
-def test_cli_stdin_with_half_characters(cli: Cli, cli_server: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9"), "utf-8", errors="surrogateescape"))
-    code, out, err = cli("--base-url", cli_server.url, "complete")
-    assert (code, out, err) == (2, "", "vllm-provider: standard input is not utf-8 text\n")
-
-
-# ---- Command line: misuse and failures --------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("argv", "said"),
-    [
-        pytest.param([], "the following arguments are required: command", id="no-command"),
-        pytest.param(["version"], "argument command: invalid choice: 'version'", id="unknown-command"),
-        pytest.param(["chat", "x", "--bogus"], "unrecognized arguments: --bogus", id="unknown-option"),
-        pytest.param(["chat", "x", "--chat-template"], "unrecognized arguments", id="chat-needs-no-template"),
-        pytest.param(["health", "--wait", "x"], "argument --wait: invalid float value: 'x'", id="wait"),
-        pytest.param(["chat", "x", "y"], "unrecognized arguments: y", id="prompt-without-quotes"),
-    ],
-)
-def test_cli_misused_as_argparse_sees_it(cli: Cli, cli_server: StandIn, argv: list[str], said: str) -> None:
-    code, out, err = cli("--base-url", cli_server.url, *argv)
-    assert (code, out, cli_server.requests) == (2, "", [])
-    assert said in err.splitlines()[-1]
-
-
-@pytest.mark.parametrize(
-    ("argv", "said"),
-    [
-        pytest.param(
-            ["chat", "x", "--temperature", "hot"], "temperature must be a number, got 'hot'", id="temperature"
-        ),
-        pytest.param(
-            ["chat", "x", "--max-tokens", "1.5"],
-            "max_tokens must be a whole number of at least 0, got '1.5'",
-            id="max-tokens",
-        ),
-        pytest.param(["chat", "x", "--seed", "s"], "seed must be a whole number, got 's'", id="seed"),
-        pytest.param(
-            ["chat", "x", "--logprobs", "many"],
-            "logprobs must be a whole number, true or false, got 'many'",
-            id="logprobs",
-        ),
-        pytest.param(
-            ["models", "--timeout", "0"], "timeout must be a positive number of seconds, got '0'", id="timeout"
-        ),
-        pytest.param(
-            ["models", "--base-url", "localhost:8000"],
-            "base_url must be a URL like http://localhost:8000, without query or fragment, got 'localhost:8000'",
-            id="url-without-a-scheme",
-        ),
-        pytest.param(
-            ["models", "--base-url", f"http://me:{CLI_KEY}@host"],
-            "base_url must not hold a user name or password; a key goes under api_key",
-            id="password-in-the-url",
-        ),
-        pytest.param(
-            ["models", "--api-key", f"“{CLI_KEY}”"],
-            "api_key must be printable ASCII; is a line break or a typographic character in it?",
-            id="key-with-typographic-quotes",
-        ),
-        pytest.param(
-            ["complete", "x", "--system", "Be brief."],
-            "--system goes with chat, or with complete --chat-template",
-            id="system-without-a-template",
-        ),
-        pytest.param(
-            ["chat", "x", "--param", "top_k"],
-            """--param must be NAME=JSON, like top_k=5 or stop='["END"]', got 'top_k'""",
-            id="param-without-a-value",
-        ),
-        pytest.param(
-            ["chat", "x", "--param", "stop=END"],
-            """--param must be NAME=JSON, like top_k=5 or stop='["END"]', got 'stop=END'""",
-            id="param-that-is-not-json",
-        ),
-        pytest.param(
-            ["chat", "x", "--param", "=5"],
-            """--param must be NAME=JSON, like top_k=5 or stop='["END"]', got '=5'""",
-            id="param-without-a-name",
-        ),
-        pytest.param(
-            ["chat", "x", "--param", "stream=true"],
-            "stream is not a parameter here; stream_complete() and stream_chat() stream",
-            id="stream",
-        ),
-    ],
-)
-def test_cli_misused(cli: Cli, cli_server: StandIn, argv: list[str], said: str) -> None:
-    assert cli("--base-url", cli_server.url, *argv) == (2, "", f"vllm-provider: {said}\n")
-    assert cli_server.requests == []
-
-
-def test_cli_a_param_that_is_not_json_by_the_standard(cli: Cli, cli_server: StandIn) -> None:
-    code, out, err = cli("chat", "x", "--param", "top_p=NaN", "--base-url", cli_server.url)
-    assert (code, out, err.count("\n"), cli_server.requests) == (2, "", 1, [])
-    assert err.startswith("vllm-provider: the request is not JSON: ")
-
-
-@pytest.mark.parametrize(
-    ("command", "name"),
-    [
-        pytest.param("complete", "prompt", id="the-prompt-twice"),
-        pytest.param("chat", "messages", id="the-messages-twice"),
-        pytest.param("complete", "config", id="a-name-inside-the-module"),
-        pytest.param("chat", "config", id="the-same-for-chat"),
-    ],
-)
-def test_cli_a_param_that_python_would_take_for_something_else(
-    cli: Cli, cli_server: StandIn, command: str, name: str
-) -> None:
-    code, _, err = cli(command, "x", "--param", f'{name}="y"', "--base-url", cli_server.url)
-    assert (code, err.count("\n")) == (2, 1)
-    assert err.startswith("vllm-provider: ")
-
-
-def test_cli_without_any_url(cli: Cli) -> None:
-    said = "vllm-provider: No base_url found: set it or VLLM_BASE_URL, like http://localhost:8000\n"
-    assert cli("chat", "x") == (2, "", said)
-
-
-@pytest.mark.parametrize(
-    ("argv", "steps", "out", "said"),
-    [
-        pytest.param(
-            ["chat", "x", "--base-url", "{url}/foo"],
-            [],
-            "",
-            "404 'Not Found': POST {url}/foo/v1/chat/completions; is base_url the server's root, and is it vLLM?"
-            " (curl BASE_URL/v1/models)",
-            id="wrong-path",
-        ),
-        pytest.param(
-            ["chat", "x", "--model", "nope"], [], "", "model not found: 'nope'; the server has parrot", id="model"
-        ),
-        pytest.param(
-            ["complete", "x", "--chat-template", "--model", "nope"],
-            [],
-            "",
-            "model not found: 'nope'; the server has parrot",
-            id="model-with-a-template",
-        ),
-        pytest.param(
-            ["complete", "x" + " x" * 2999],
-            [],
-            "",
-            "the prompt does not fit: 3000 tokens for a context of 2048: POST {url}/v1/completions; shorten it",
-            id="prompt-too-long",
-        ),
-        pytest.param(
-            ["complete", "x", "--model", MODEL],
-            [sse(CLI_PIECE, done=False)],
-            " a",
-            "the stream ended without [DONE]: POST {url}/v1/completions; was the server or a proxy stopped?",
-            id="broken-stream",
-        ),
-        pytest.param(
-            ["complete", "x", "--model", MODEL],
-            [sse(CLI_PIECE, {"error": {"message": "Internal server error", "code": 500}})],
-            " a",
-            "500 'Internal server error': POST {url}/v1/completions",
-            id="error-in-the-stream",
-        ),
-        pytest.param(
-            ["complete", "x", "--logprobs", "50"],
-            [],
-            "",
-            "400 'Requested sample logprobs of 50, which is greater than max allowed: 20 (parameter=logprobs,"
-            " value=50)': POST {url}/v1/completions; ask for fewer, or start vLLM with --max-logprobs N",
-            id="more-logprobs-than-allowed",
-        ),
-        pytest.param(
-            ["models"],
-            [reply(200, "<html>\nhi\n</html>", {"Content-Type": "text/html"})],
-            "",
-            "not the JSON vLLM sends: GET {url}/v1/models: '<html> hi </html>'; is base_url the server's root, and is"
-            " it vLLM? (curl BASE_URL/v1/models)",
-            id="not-vllm",
-        ),
-        pytest.param(["health"], [reply(503)], "", "503 (no message): GET {url}/health", id="not-well"),
-        pytest.param(
-            ["complete", "x", "--model", MODEL, "--timeout", "0.3"],
-            [stall()],
-            "",
-            "no reply within 0.3 s: POST {url}/v1/completions; raise timeout, or ask for fewer tokens",
-            id="silent",
-        ),
-        pytest.param(
-            ["chat", "x", "--base-url", "http://127.0.0.1:9"],
-            [],
-            "",
-            "no connection to http://127.0.0.1:9: connection refused; is vLLM running?"
-            " (curl http://127.0.0.1:9/health)",
-            id="dead",
-        ),
-        pytest.param(
-            ["health", "--wait", "0.3", "--base-url", "http://127.0.0.1:9"],
-            [],
-            "",
-            "no connection to http://127.0.0.1:9: connection refused; is vLLM running?"
-            " (curl http://127.0.0.1:9/health)",
-            id="dead-all-the-while",
-        ),
-    ],
-)
-def test_cli_fails_with_one_line(
-    cli: Cli, cli_server: StandIn, argv: list[str], steps: list[bytes], out: str, said: str
-) -> None:
-    cli_server.script(*steps)
-    argv = [word.format(url=cli_server.url) for word in argv]
-    code, shown, err = cli("--base-url", cli_server.url, "--api-key", CLI_KEY, *argv)
-    assert (code, shown.rstrip("\n"), err.lstrip("\n")) == (
-        1,
-        out,
-        f"vllm-provider: {said.format(url=cli_server.url)}\n",
+)  # fmt: skip
+def test_cli_line_breaks(cli, cli_server, path, argv, events, out, err):
+    cli_server.script(
+        sse(*({"id": "a", "choices": [{"index": 0, **event}]} for event in events)), path=path
     )
-    assert CLI_KEY not in shown + err
+    where = ("--model", MODEL, "--base-url", cli_server.url)
+    assert cli(argv, "x", *where) == (0, out, err)
 
 
-def test_cli_wrong_key(cli: Cli) -> None:
-    with StandIn(api_key="right") as server:
-        cure = "set api_key or VLLM_API_KEY to the key the server was started with"
-        said = f"vllm-provider: 401 'Unauthorized': POST {server.url}/v1/completions; {cure}\n"
-        assert cli("complete", "x", "--base-url", server.url, "--api-key", CLI_KEY) == (1, "", said)
-        assert cli("complete", "What is 2+2?", "--base-url", server.url, "--api-key", "right") == (0, " 4\n", "")
+CLI_CARDS: Final = {"object": "list", "data": [{"id": "a"}, {"id": "b", "max_model_len": 8}]}
 
 
-def test_cli_never_logs_the_key(cli: Cli, cli_server: StandIn, caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.DEBUG)
-    cli_server.script(reply(503, "busy"), path="/completions")
-    argv = ("--api-key", CLI_KEY, "--base-url", cli_server.url, "complete", "What is 2+2?", "--json")
-    code, out, err = cli(*argv)
-    assert (code, "retry 1 of 3" in caplog.text) == (0, True)
-    assert CLI_KEY not in out + err + caplog.text
+def test_cli_models(cli, cli_server):
+    cli_server.script(reply(200, CLI_CARDS), reply(200, CLI_CARDS), path="/models")
+    where = ("--base-url", cli_server.url)
+    assert cli("models", *where) == (0, "a\t? tokens\nb\t8 tokens\n", "")
+    code, out, err = cli("models", "--json", *where)
+    assert (code, out.count("\n"), err) == (0, 1, "")
+    limits = {card["id"]: card["max_model_len"] for card in json.loads(out)}
+    assert limits == {"a": None, "b": 8}
 
 
-def test_cli_waits_for_a_server_that_starts(cli: Cli, cli_server: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cli_health_names_the_server(cli, cli_server):
+    out = f"{cli_server.url} is healthy\n"
+    assert cli("health", "--base-url", f"{cli_server.url}/v1/") == (0, out, "")
+
+
+def test_cli_health_waits_for_a_server_that_starts(cli, cli_server, monkeypatch):
     monkeypatch.setattr(vllm_provider, "HEALTH_POLL_S", 0.01)
     cli_server.script(reply(503), reply(503))
     assert cli("health", "--wait", "20", "--base-url", cli_server.url)[0] == 0
     assert len(cli_server.requests) == 3
 
 
-def test_cli_failure_of_a_process(cli_server: StandIn) -> None:
+@pytest.mark.parametrize(
+    "argv", ["--version", "--base-url http://a --version"], ids=["alone", "after-options"]
+)
+def test_cli_version(cli, argv):
+    assert cli(*shlex.split(argv)) == (0, f"vllm-provider {vllm_provider.__version__}\n", "")
+
+
+def test_cli_help_names_every_command_and_explains_every_option(cli):
+    code, overview, err = cli("--help")
+    assert (code, err) == (0, "")
+    commands = re.findall(r"(?m)^    ([a-z][a-z-]+)", overview)
+    assert commands == ["complete", "chat", "score", "run-batch", "bench", "models", "health"]
+
+    for command in commands:
+        code, out, err = cli(command, "--help")
+        assert (code, err) == (0, "")
+        assert {"--base-url", "--api-key", "--model", "--timeout"} <= set(
+            re.findall("--[a-z-]+", out)
+        )
+        rows = re.findall(r"(?m)^  (-\S.*(?:\n {20,}.*)?)", out)
+        assert [row for row in rows if len(re.split(r"\s{2,}", row)) < 2] == []
+
+
+@pytest.mark.parametrize(
+    ("event", "name", "shown"), [
+        pytest.param(CLI_ANSWER, "stdout", b"Yes", id="text"),
+        pytest.param(CLI_THOUGHT, "stderr", b"Hm", id="reasoning"),
+    ],
+)  # fmt: skip
+def test_cli_prints_each_piece_at_once(cli_server, event, name, shown):
+    cli_server.script(stall(sse(event, done=False, end=False), timeout_s=5.0))
+    argv = ("--base-url", cli_server.url, "--model", MODEL, "chat", "x")
+    with cli_process(*argv, stdin=subprocess.DEVNULL) as process:
+        assert getattr(process, name).read(len(shown)) == shown
+        assert cli_server.running == 1
+
+
+@pytest.mark.parametrize(
+    ("argv", "line"), [
+        pytest.param([], r"\d\.\d\d s to first token, \d+ tokens/s, 18 tokens\n", id="stream"),
+        pytest.param(["--no-stream"], r"\d\.\d\d s, \d+ tokens/s, 18 tokens\n", id="whole"),
+        pytest.param(["--json"], "", id="not-with-json-which-has-them"),
+    ],
+)  # fmt: skip
+def test_cli_stats(cli, cli_server, argv, line):
+    where = ("--temperature", "0", "--base-url", cli_server.url)
+    code, out, err = cli("chat", "What is 2+2?", "--stats", *argv, *where)
+    assert code == 0
+    assert out.endswith("2 + 2 = 4\n") or "--json" in argv
+    assert re.fullmatch(line, err.removeprefix(CLI_SUM[1]))
+
+
+@pytest.mark.parametrize(
+    ("reply", "line"), [
+        pytest.param(Completion(usage=Usage(1, 101, 102), first_token_s=0.5, total_s=2.5),
+            "0.50 s to first token, 50 tokens/s, 101 tokens",
+            id="the-speed-is-that-after-the-first-token"),
+        pytest.param(Completion(usage=Usage(1, 1, 2), first_token_s=0.5, total_s=0.5),
+            "0.50 s to first token, 0 tokens/s, 1 tokens", id="one-token"),
+        pytest.param(Completion(usage=Usage(1, 10, 11), total_s=2.0),
+            "2.00 s, 5 tokens/s, 10 tokens", id="whole"),
+        pytest.param(Completion(), "0.00 s, 0 tokens/s, 0 tokens", id="no-usage"),
+    ],
+)  # fmt: skip
+def test_cli_stats_line(reply, line):
+    assert vllm_provider._to_stats(reply) == line
+
+
+@pytest.mark.parametrize("command", ["complete", "chat"])
+def test_cli_html_is_the_picture(cli, cli_server, tmp_path, command):
+    page = tmp_path / "page.html"
+    where = ("--temperature", "0", "--html", str(page), "--base-url", cli_server.url)
+    assert cli(command, "What is 2+2?", *where)[0] == 0
+    assert cli_server.requests[-1].body["logprobs"] in (5, True)
+    text = page.read_text(encoding="utf-8")
+    assert "<title>What is 2+2?</title>" in text
+    assert "mean probability" in text
+
+    cli(command, "What is 2+2?", "--logprobs", "1", *where)
+    body = cli_server.requests[-1].body
+    assert body.get("top_logprobs", body["logprobs"]) == 1
+
+
+def test_cli_runs_as_a_file(cli_server):
+    argv = (
+        "--base-url",
+        cli_server.url,
+        "complete",
+        "The capital of France is",
+        "--temperature",
+        "0",
+    )
+    assert cli_output(*argv) == (0, " Paris.\n", "")
+
+
+# ---- Command line: options --------------------------------------------------
+
+CLI_REQUESTED: Final = [
+    *("--max-tokens", "5", "--temperature", "0", "--top-p", "0.5", "--seed", "7"),
+    *("--logprobs", "2", "--stop", "a"),
+]
+CLI_SENT: Final = {"max_tokens": 5, "temperature": 0.0, "top_p": 0.5, "seed": 7}
+CLI_HELLO: Final = {"role": "user", "content": "Hello"}
+
+
+@pytest.mark.parametrize(
+    "split", [
+        pytest.param(0, id="after"),
+        pytest.param(8, id="before"),
+        pytest.param(4, id="on-both-sides"),
+    ],
+)  # fmt: skip
+def test_cli_options_before_and_after_the_command(cli, cli_server, split):
+    options = ["--base-url", cli_server.url, "--api-key", CLI_KEY, f"--model={MODEL}", "--stop"]
+    options += ["never", "--no-stream"]
+    assert cli(*options[:split], "complete", "What is 2+2?", *options[split:])[0] == 0
+    (request,) = cli_server.requests
+    assert request.headers["Authorization"] == f"Bearer {CLI_KEY}"
+    assert request.body["model"] == MODEL
+    assert request.body["stop"] == ["never"]
+    assert "stream" not in request.body
+
+
+@pytest.mark.parametrize(
+    ("argv", "stop"), [
+        pytest.param(["--model", "other", "complete", "x", "--model", MODEL], None,
+            id="the-last-wins"),
+        pytest.param(["--stop", "a", "complete", "x", "--stop", "b", "--model", MODEL], ["a", "b"],
+            id="repeated-ones-are-joined"),
+        pytest.param(["--base-url", "http://127.0.0.1:9", "complete", "x", "--model", MODEL], None,
+            id="the-last-base-url-wins-too"),
+    ],
+)  # fmt: skip
+def test_cli_options_on_both_sides(cli, cli_server, argv, stop):
+    assert cli(*argv, "--base-url", cli_server.url)[0] == 0
+    body = cli_server.requests[-1].body
+    assert (body["model"], body.get("stop")) == (MODEL, stop)
+
+
+def test_cli_url_and_key_of_the_environment(cli, cli_server, monkeypatch):
+    monkeypatch.setenv("VLLM_BASE_URL", cli_server.url)
+    monkeypatch.setenv("VLLM_API_KEY", CLI_KEY)
+    assert cli("complete", "What is 2+2?", "--model", MODEL)[0] == 0
+    assert cli("complete", "What is 2+2?", "--model", MODEL, "--api-key", "other")[0] == 0
+    keys = [request.headers["Authorization"] for request in cli_server.requests]
+    assert keys == [f"Bearer {CLI_KEY}", "Bearer other"]
+    monkeypatch.setenv("VLLM_BASE_URL", "http://127.0.0.1:9")
+    assert cli("complete", "What is 2+2?", "--base-url", cli_server.url)[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("argv", "body"), [
+        pytest.param(["complete", "Hello", *CLI_REQUESTED],
+            {"prompt": "Hello", **CLI_SENT, "logprobs": 2, "stop": ["a"]}, id="complete"),
+        pytest.param(["chat", "Hello", *CLI_REQUESTED, "--stop", "b", "--system", "Be brief."],
+            {"messages": [{"role": "system", "content": "Be brief."}, CLI_HELLO], **CLI_SENT,
+             "logprobs": True, "top_logprobs": 2, "stop": ["a", "b"]}, id="chat"),
+        pytest.param(
+            ["chat", "Hello", "--param", "min-p=0.5", "--param", 'stop=["x"]', "--stop", "a"],
+            {"messages": [CLI_HELLO], "min_p": 0.5, "stop": ["x"]}, id="params-win-over-options"),
+        pytest.param(
+            ["complete", "x", "--max-tokens", "0", "--param", "echo=true", "--param", "n=null"],
+            {"prompt": "x", "max_tokens": 0, "echo": True}, id="zero-is-sent-and-null-is-not"),
+        pytest.param(["chat", "--", "--system"],
+            {"messages": [{"role": "user", "content": "--system"}]},
+            id="a-text-that-looks-like-an-option"),
+        pytest.param(["chat", "--max", "5", "-- a list"],
+            {"messages": [{"role": "user", "content": "-- a list"}], "max_tokens": 5},
+            id="a-text-with-spaces-and-a-shortened-option"),
+    ],
+)  # fmt: skip
+def test_cli_sends(cli, cli_server, argv, body):
+    streamed = {"model": MODEL, "stream": True, "stream_options": {"include_usage": True}}
+    assert cli("--base-url", cli_server.url, *argv)[0] == 0
+    assert cli_server.requests[-1].body == body | streamed
+    assert cli("--base-url", cli_server.url, "--no-stream", *argv)[0] == 0
+    assert cli_server.requests[-1].body == body | {"model": MODEL}
+
+
+def test_cli_chat_template_renders_the_system_message_too(cli, cli_server):
+    argv = ("complete", "What is 2+2?", "--chat-template", "--system", "Answer like a pirate.")
+    where = ("--temperature", "0", "--base-url", cli_server.url)
+    assert cli(*argv, *where) == (0, "Arr, it be 4!\n", "A pirate counts too.\n")
+    bodies = {request.path: request.body for request in cli_server.requests}
+    messages = [
+        {"role": "system", "content": "Answer like a pirate."},
+        {"role": "user", "content": "What is 2+2?"},
+    ]
+    assert bodies["/tokenize"]["messages"] == messages
+    with VLLMClient(cli_server.url) as client:
+        assert bodies["/v1/completions"]["prompt"] == client.tokenize(messages)
+
+
+def test_cli_chat_template_never_uses_the_chat_endpoint(cli, cli_server):
+    harmony = {"count": 1, "max_model_len": 2048, "tokens": [200006], "token_strs": ["<|start|>"]}
+    cli_server.script(reply(200, harmony), path="/tokenize")
+    argv = (
+        "complete",
+        "x",
+        "--chat-template",
+        "--system",
+        "Be brief.",
+        "--base-url",
+        cli_server.url,
+    )
+    code, out, err = cli(*argv)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert "gpt-oss with a system prompt" in err
+    assert "/v1/chat/completions" not in [request.path for request in cli_server.requests]
+
+
+@pytest.mark.parametrize(
+    ("stdin", "argv", "text"), [
+        pytest.param("What is 2+2?", "", "What is 2+2?", id="alone"),
+        pytest.param("What is 2+2?", "-", "What is 2+2?", id="named"),
+        pytest.param(" two\nlines\n\n", "", " two\nlines\n",
+            id="without-one-line-break-at-its-end"),
+        pytest.param("a\nb\n", "Summarise:", "Summarise:\n\na\nb", id="after-the-argument"),
+        pytest.param("", "Hello", "Hello", id="empty-beside-an-argument"),
+        pytest.param("Hello", "''", "Hello", id="beside-an-empty-argument"),
+        pytest.param("世界 🌸", "", "世界 🌸", id="unicode"),
+    ],
+)  # fmt: skip
+def test_cli_text_from_stdin(cli, cli_server, monkeypatch, stdin, argv, text):
+    raw = io.BytesIO(stdin.encode())
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(raw, encoding="utf-8"))
+    assert cli("chat", *shlex.split(argv), "--base-url", cli_server.url)[0] == 0
+    assert cli_server.requests[-1].body["messages"] == [{"role": "user", "content": text}]
+
+
+def test_cli_stdin_of_a_terminal_is_read_only_without_an_argument(cli, cli_server, monkeypatch):
+    hint = "Reading the text from the terminal; Ctrl-D ends it.\n"
+    for argv, prompt, err in ((["Hello"], "Hello", ""), ([], "typed", hint)):
+        monkeypatch.setattr(sys, "stdin", _Stdin("typed\n", is_terminal=True))
+        assert cli("complete", *argv, "--model", MODEL, "--base-url", cli_server.url)[::2] == (
+            0,
+            err,
+        )
+        assert cli_server.requests[-1].body["prompt"] == prompt
+
+
+@pytest.mark.parametrize(
+    ("raw", "errors", "said"), [
+        pytest.param(b"", "strict", "there is no text: give it as argument or on standard input",
+            id="empty"),
+        pytest.param(b"\n", "strict", "there is no text: give it as argument or on standard input",
+            id="a-line-break"),
+        pytest.param(b"caf\xe9", "strict", "standard input is not utf-8 text", id="not-utf-8"),
+        pytest.param(b"caf\xe9", "surrogateescape", "standard input is not utf-8 text",
+            id="c-locale"),
+    ],
+)  # fmt: skip
+def test_cli_stdin_that_cannot_be_sent(cli, cli_server, monkeypatch, raw, errors, said):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(raw), "utf-8", errors))
+    assert cli("chat", "--base-url", cli_server.url) == (2, "", f"vllm-provider: {said}\n")
+    assert cli_server.requests == []
+
+
+# ---- Command line: scores, batches, benchmarks ------------------------------
+
+
+def test_cli_score(cli, cli_server, tmp_path):
+    page = tmp_path / "page.html"
+    where = ("--context", "The capital of France is", "--base-url", cli_server.url)
+    code, out, err = cli("score", " Paris.", "--html", str(page), *where)
+    assert (code, err) == (0, "")
+    with VLLMClient(cli_server.url) as client:
+        score = client.score(" Paris.", context="The capital of France is")
+    assert out == (
+        f"probability {score.probability:.4g}, log probability {score.logprob:.4f}, "
+        f"perplexity {score.perplexity:.4g}: ' Paris.'\n"
+    )
+    assert "<title>The capital of France is</title>" in page.read_text(encoding="utf-8")
+
+    scored = json.loads(cli("score", " Paris.", "--json", *where)[1])
+    assert (scored["text"], scored["logprob"]) == (" Paris.", pytest.approx(score.logprob))
+    assert "".join(token["token"] for token in scored["tokens"]) == " Paris."
+
+
+@pytest.mark.parametrize(
+    "argv", [["The capital of France is"], ["--context", "The capital of France is"]]
+)
+def test_cli_score_of_choices(cli, cli_server, argv):
+    choices = ("--choice", " Rome", "--choice", " Paris")
+    code, out, err = cli("score", *argv, *choices, "--base-url", cli_server.url)
+    assert (code, err) == (0, "")
+    assert [line.split(": ")[1] for line in out.splitlines()] == ["' Paris'", "' Rome'"]
+    ranked = json.loads(cli("score", *argv, *choices, "--json", "--base-url", cli_server.url)[1])
+    assert sum(score["probability"] for score in ranked) == pytest.approx(1.0)
+
+
+def test_cli_run_batch(cli, cli_server, tmp_path):
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text(
+        '{"prompt": "What is 2+2?"}\n{"messages": [{"role": "user", "content": "Hello"}]}\n'
+    )
+    argv = (
+        "run-batch",
+        "-i",
+        str(source),
+        "--output-file",
+        str(target),
+        "--base-url",
+        cli_server.url,
+    )
+    code, out, err = cli(*argv, "--param", "temperature=0", "--max-inflight", "2")
+    assert (code, out, err.count("\n")) == (0, "", 1)
+    assert err.startswith("2 lines: 2 done, 0 failed, 0 skipped")
+    results = map(json.loads, target.read_text().splitlines())
+    assert {result["custom_id"]: result["response"]["status_code"] for result in results} == {
+        "1": 200,
+        "2": 200,
+    }
+
+    source.write_text(source.read_text() + "{\n")
+    code, _, err = cli(*argv)
+    assert code == 1
+    assert err.startswith("3 lines: 0 done, 1 failed, 2 skipped")
+    assert "first error: " in err
+
+
+def test_cli_run_batch_arguments(cli, monkeypatch):
+    calls: list[tuple[Any, ...]] = []
+
+    def run_batch(
+        client: VLLMClient, *args: Any, servers: Sequence[VLLMClient], **options: Any
+    ) -> Any:
+        urls = [one.config.base_url for one in (client, *servers)]
+        calls.append((urls, client.config.max_concurrency, args, options))
+        return vllm_provider.BatchReport(total=1, failed=1)
+
+    monkeypatch.setattr(VLLMClient, "run_batch", run_batch)
+    argv = ("--base-url", "http://a", "run-batch", "-i", "in", "-o", "-", "--base-url", "http://b")
+    assert cli(*argv)[0] == 1
+    assert cli(*argv, "--max-inflight", "100", "--param", "top_k=1", "--model", "m")[0] == 1
+    options = {"concurrency": None, "progress": True}
+    assert calls == [
+        (["http://a", "http://b"], 64, ("in", "-"), options),
+        (["http://a", "http://b"], 100, ("in", "-"), options | {"concurrency": 100, "top_k": 1}),
+    ]
+
+
+def test_cli_bench(cli, cli_server, tmp_path):
+    argv = ["bench", "--num-prompts", "3", "--random-input-len", "4", "--random-output-len", "2"]
+    argv += ["--max-concurrency", "2", "--ignore-eos", "--seed", "1", "--base-url", cli_server.url]
+    code, out, _ = cli(*argv, "--save-result", str(tmp_path / "result.json"))
+    assert code == 0
+    assert re.search(r"Successful requests: +3\b", out)
+    saved = json.loads((tmp_path / "result.json").read_text())
+    assert (saved["num_prompts"], saved["max_concurrency"], saved["completed"]) == (3, 2, 3)
+
+    code, out, _ = cli(*argv, "--json", "--endpoint", "chat", "--request-rate", "inf")
+    assert (code, json.loads(out).keys()) == (0, saved.keys())
+
+
+def test_cli_bench_fails_when_every_request_fails(cli, monkeypatch):
+    class Report:
+        def to_dict(self) -> dict[str, Any]:
+            return {"completed": 0}
+
+    monkeypatch.setattr(VLLMClient, "bench", lambda _client, **_options: Report())
+    assert cli("bench", "--json", "--base-url", "http://a") == (1, '{"completed": 0}\n', "")
+
+
+# ---- Command line: as JSON --------------------------------------------------
+
+
+def test_cli_json_is_the_whole_completion(cli, cli_server):
+    argv = ("chat", "What is 2+2?", "--logprobs", "1", "--json", "--temperature", "0")
+    code, out, err = cli(*argv, "--base-url", cli_server.url)
+    printed = json.loads(out)
+    assert (code, err, out.count("\n")) == (0, "", 1)
+    assert set(printed) == set(inspect.signature(Completion).parameters)
+    (choice,) = printed["choices"]
+    assert set(choice) == set(inspect.signature(Choice).parameters)
+    assert (choice["text"].strip(), choice["finish_reason"]) == ("2 + 2 = 4", "stop")
+    assert choice["reasoning"].strip() == "Two plus two equals four."
+    token = next(token for token in choice["logprobs"] if token["token"] == " 4")
+    assert (token["bytes"], len(token["top"])) == (list(b" 4"), 1)
+    assert printed["usage"]["output_tokens"] == len(choice["logprobs"])
+    assert "choices" not in printed["payload"]
+
+
+def test_cli_json_of_a_whole_reply_has_its_payload(cli, cli_server):
+    argv = ("complete", "What is 2+2?", "--json", "--no-stream", "--temperature", "0")
+    printed = json.loads(cli(*argv, "--base-url", cli_server.url)[1])
+    assert printed["payload"]["choices"][0]["text"] == printed["choices"][0]["text"] == " 4"
+
+
+def _no_constant(name: str) -> float:
+    raise AssertionError(f"{name} is not JSON")
+
+
+def test_cli_json_has_no_infinity_and_no_nan(cli, cli_server):
+    logprobs = {
+        "tokens": ["a", "b"],
+        "token_logprobs": [-9999.0, math.nan],
+        "top_logprobs": [{"c": -math.inf}, None],
+    }
+    payload = {"id": "cmpl-1", "choices": [{"index": 0, "text": "ab", "logprobs": logprobs}]}
+    headers = {"Content-Type": "application/json"}
+    cli_server.script(reply(200, json.dumps(payload), headers))
+    argv = (
+        "complete",
+        "x",
+        "--json",
+        "--no-stream",
+        "--model",
+        MODEL,
+        "--base-url",
+        cli_server.url,
+    )
+    printed = json.loads(cli(*argv)[1], parse_constant=_no_constant)
+    first, second = printed["choices"][0]["logprobs"]
+    assert first["logprob"] == first["top"][0]["logprob"] == -9999.0
+    assert second["logprob"] is None
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii", "cp1252"])
+def test_cli_json_is_json_in_every_encoding(cli_server, encoding):
+    argv = (
+        "chat",
+        "Say hello in Japanese.",
+        "--json",
+        "--temperature",
+        "0",
+        "--base-url",
+        cli_server.url,
+    )
+    code, out, err = cli_output(*argv, env={"PYTHONIOENCODING": encoding})
+    assert (code, err) == (0, "")
+    assert json.loads(out)["choices"][0]["text"].strip() == "こんにちは、世界 🌸🚀"
+
+
+def test_cli_shows_what_the_encoding_lacks_as_escapes(cli_server):
+    cli_server.script(sse({"id": "a", "choices": [{"index": 0, "text": "é 🌸"}]}))
+    argv = ("complete", "x", "--model", MODEL, "--base-url", cli_server.url)
+    assert cli_output(*argv, env={"PYTHONIOENCODING": "ascii"}) == (0, "\\xe9 \\U0001f338\n", "")
+
+
+# ---- Command line: on a terminal --------------------------------------------
+
+
+def _scored(text: str, *tokens: tuple[str, float | None], **top: float) -> dict[str, Any]:
+    """Return the event of a completion with these tokens and their probabilities."""
+    values = [None if value is None else math.log(value) for _, value in tokens]
+    others = {f" {name}": math.log(value) for name, value in top.items()}
+    logprobs = {"tokens": [token for token, _ in tokens], "token_logprobs": values}
+    tops = [
+        {token: value, **others} for token, value in zip(logprobs["tokens"], values, strict=True)
+    ]
+    logprobs["top_logprobs"] = [{} if None in top.values() else top for top in tops]
+    return {"id": "cmpl-1", "choices": [{"index": 0, "text": text, "logprobs": logprobs}]}
+
+
+def _colored(token: str, color: int = 33, others: str = "") -> str:
+    return f"\x1b[{color}m{token}\x1b[0m" + (f"\x1b[2m[{others}]\x1b[0m" if others else "")
+
+
+CLI_PARIS: Final = _scored(" Paris.", (" Paris", 0.68), (".", 0.9), ("<end>", 0.5), Lyon=0.01)
+
+
+@pytest.mark.parametrize(
+    ("argv", "env", "event", "shown"), [
+        pytest.param("--logprobs 2", {}, CLI_PARIS,
+            _colored(" Paris", 33, " Lyon 0.01") + _colored(".", 32, " Lyon 0.01") + "\n",
+            id="colours-and-alternatives"),
+        pytest.param("", {}, CLI_PARIS, " Paris.\n", id="plain-when-not-requested"),
+        pytest.param("--param logprobs=2", {"NO_COLOR": "1"}, CLI_PARIS, " Paris(0.68).(0.90)\n",
+            id="no-color-and-requested-as-a-parameter"),
+        pytest.param("--logprobs 2", {"TERM": "dumb"}, CLI_PARIS, " Paris(0.68).(0.90)\n",
+            id="dumb"),
+        pytest.param("--logprobs 1", {"NO_COLOR": ""}, _scored(" a", (" a", 0.5)),
+        # no-color.org: "when present and not an empty string"
+            _colored(" a") + "\n", id="an-empty-no-color-is-none"),
+        pytest.param("--logprobs 1", {}, _scored("a", ("a", 0.8001)), _colored("a", 32) + "\n",
+            id="green"),
+        pytest.param("--logprobs 1", {}, _scored("a", ("a", 0.7999)), _colored("a", 33) + "\n",
+            id="yellow"),
+        pytest.param("--logprobs 1", {}, _scored("a", ("a", 0.4001)), _colored("a", 33) + "\n",
+            id="yellow-too"),
+        pytest.param("--logprobs 1", {}, _scored("a", ("a", 0.3999)), _colored("a", 31) + "\n",
+            id="red"),
+        pytest.param("--logprobs 1", {}, _scored("a", ("a", None)), "a\n",
+            id="unknown-probability"),
+        pytest.param("--logprobs 1", {"NO_COLOR": "1"}, _scored("xy", ("a", 0.5), ("b", 0.5)),
+            "xy\n", id="tokens-that-do-not-join-to-the-text"),
+        pytest.param("--logprobs 1", {"NO_COLOR": "1"},
+            _scored("ab", ("x", 0.1), ("a", 0.5), ("b", 0.25)), "a(0.50)b(0.25)\n",
+            id="tokens-before-the-text-are-those-of-reasoning"),
+        pytest.param("--logprobs 1", {"NO_COLOR": "1"}, _scored("a", ("a", 0.1), ("a", 0.5)),
+            "a(0.50)\n", id="reasoning-that-ends-as-the-text-begins"),
+        pytest.param("--logprobs 2", {}, _scored("\x1b[2J", ("\x1b[2J", 0.9), **{"\x07\n": 0.1}),
+            _colored("\\x1b[2J", 32, " \\x07\\n 0.10") + "\n", id="control-characters-are-escaped"),
+    ],
+)  # fmt: skip
+def test_cli_logprobs_on_a_terminal(cli, cli_server, monkeypatch, argv, env, event, shown):
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    where = ("--model", MODEL, "--base-url", cli_server.url)
+    for step, more in ((sse(event), []), (reply(200, event), ["--no-stream"])):
+        cli_server.script(step)
+        with cli_terminal(monkeypatch, "stdout") as text:
+            assert main(["complete", "x", *shlex.split(argv), *more, *where]) == 0
+            assert text() == shown
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"), [
+        pytest.param("a\x1b]0;x\x07b\x9b\x7f", "a\\x1b]0;x\\x07b\\x9b\\x7f\n",
+            id="escape-sequences"),
+        pytest.param("a\tb\nc\r\nd\re", "a\tb\nc\r\nd\\x0de\n",
+            id="white-space-but-the-lone-carriage-return"),
+        pytest.param("世界 🌸", "世界 🌸\n", id="unicode"),
+    ],
+)  # fmt: skip
+def test_cli_a_terminal_cannot_be_commanded(cli, cli_server, monkeypatch, text, shown):
+    event = {"id": "a", "choices": [{"index": 0, "text": text}]}
+    argv = ("complete", "x", "--model", MODEL, "--base-url", cli_server.url)
+    cli_server.script(sse(event), sse(event))
+    with cli_terminal(monkeypatch, "stdout") as screen:
+        assert main(argv) == 0
+        assert screen() == shown
+    assert cli(*argv) == (0, f"{text}\n", "")  # as it is in a pipe
+
+
+@pytest.mark.parametrize(
+    ("env", "shown"), [
+        pytest.param({}, "\x1b[2mHm\x1b[0m\n", id="dim"),
+        pytest.param({"NO_COLOR": "1"}, "Hm\n", id="no-color"),
+    ],
+)  # fmt: skip
+def test_cli_reasoning_on_a_terminal(cli_clean, cli_server, capsys, monkeypatch, env, shown):
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    cli_server.script(sse(CLI_THOUGHT, CLI_ANSWER))
+    with cli_terminal(monkeypatch, "stderr") as text:
+        assert main(["chat", "x", "--model", MODEL, "--base-url", cli_server.url]) == 0
+        assert (text(), capsys.readouterr().out) == (shown, "Yes\n")
+
+
+@pytest.mark.parametrize(
+    ("event", "begun"), [
+        pytest.param(CLI_ANSWER, "Yes\n", id="after-text"),
+        pytest.param(CLI_THOUGHT, "Hm\n", id="after-reasoning"),
+    ],
+)  # fmt: skip
+def test_cli_an_error_begins_a_line_of_its_own(cli_clean, cli_server, monkeypatch, event, begun):
+    monkeypatch.setenv("NO_COLOR", "1")
+    cli_server.script(sse(event, done=False))
+    with cli_terminal(monkeypatch, "stdout", "stderr") as text:
+        assert main(["chat", "x", "--model", MODEL, "--base-url", cli_server.url]) == 1
+        assert text().startswith(f"{begun}vllm-provider: the stream ended without [DONE]: ")
+
+
+# ---- Command line: conversation ---------------------------------------------
+
+Converse: TypeAlias = Callable[..., tuple[str, str]]
+
+
+@pytest.fixture
+def converse(cli_clean, cli_server, monkeypatch, capsys):
+    """Return a function that types lines, or raises exceptions in their place: stdout, stderr."""
+    monkeypatch.setenv("NO_COLOR", "1")
+
+    def run(*lines: str | BaseException, argv: Sequence[str] = ()) -> tuple[str, str]:
+        typed = iter(lines)
+
+        def read_line(_prompt: str) -> str:
+            line = next(typed, EOFError())
+            if isinstance(line, BaseException):
+                raise line
+            return line
+
+        monkeypatch.setattr("builtins.input", read_line)
+        monkeypatch.setattr(sys, "stdin", _Stdin(is_terminal=True))
+        where = ["--temperature", "0", "--model", MODEL, "--base-url", cli_server.url]
+        with cli_terminal(monkeypatch, "stdout") as text:
+            assert main(["chat", *argv, *where]) == 0
+            err = capsys.readouterr().err
+            return text(), err.removeprefix("/help lists the commands, Ctrl-D leaves.\n")
+
+    return run
+
+
+def _sent_messages(server: StandIn) -> list[list[tuple[str, str]]]:
+    bodies = [request.body for request in server.requests]
+    return [[(one["role"], one["content"].strip()) for one in body["messages"]] for body in bodies]
+
+
+CLI_ADA: Final = [("user", "My name is Ada."), ("assistant", "Yes"), ("user", "What is my name?")]
+
+
+@pytest.mark.parametrize(
+    ("lines", "sent"), [
+        pytest.param(["My name is Ada.", "What is my name?"], [CLI_ADA[:1], CLI_ADA], id="history"),
+        pytest.param(['"""a', "b", "", 'c"""'], [[("user", "a\nb\n\nc")]], id="several-lines"),
+        pytest.param(['"""', "a", '"""'], [[("user", "a")]], id="marks-on-lines-of-their-own"),
+        pytest.param(['"""a"""'], [[("user", "a")]], id="marks-on-one-line"),
+        pytest.param(['"""/clear"""'], [[("user", "/clear")]], id="a-text-with-a-slash-in-marks"),
+        pytest.param([" /clear"], [[("user", "/clear")]], id="a-text-with-a-slash-after-a-space"),
+        pytest.param(["", "  ", '""""""'], [], id="empty-lines-are-not-sent"),
+        pytest.param(['"""a', KeyboardInterrupt(), "b"], [[("user", "b")]], id="ctrl-c-in-a-block"),
+        pytest.param([KeyboardInterrupt(), "b"], [[("user", "b")]], id="ctrl-c-at-the-prompt"),
+        pytest.param(['"""a'], [], id="ctrl-d-in-a-block"),
+        pytest.param(["a", "/clear", "b", "/retry"],
+            [[("user", "a")], [("user", "b")], [("user", "b")]], id="clear"),
+        pytest.param(["My name is Ada.", "What is my name?", "/retry"],
+            [CLI_ADA[:1], CLI_ADA, CLI_ADA], id="retry"),
+        pytest.param(["/system Be brief.", "a", "/system", "/retry"],
+            [[("system", "Be brief."), ("user", "a")], [("user", "a")]], id="system"),
+        pytest.param(["/system A", "/system B", "a", "/clear", "b"],
+            [[("system", "B"), ("user", "a")], [("system", "B"), ("user", "b")]],
+            id="one-system-message-which-outlives-clear"),
+        pytest.param(["/quit", "a"], [], id="quit"),
+    ],
+)  # fmt: skip
+def test_cli_conversation(converse, cli_server, lines, sent):
+    cli_server.script(*[sse(CLI_ANSWER)] * 3)
+    out, err = converse(*lines)
+    assert _sent_messages(cli_server) == sent
+    assert (out.count("Yes"), err) == (len(sent), "")
+
+
+@pytest.mark.parametrize(
+    ("line", "said"), [
+        pytest.param("/sav x",
+            "unknown command: '/sav'; did you mean /save? (a space before it sends it as text)",
+            id="near"),
+        pytest.param("/x", "unknown command: '/x'; see /help (a space before it sends it as text)",
+            id="far"),
+        pytest.param("/retry", "there is no message to send again", id="nothing-to-retry"),
+        pytest.param("/set top_k",
+            """a parameter is NAME=JSON, like top_k=5 or stop='["END"]'; got 'top_k'""",
+            id="parameter-without-a-value"),
+        pytest.param("/load /no/such",
+            "/load FILE: [Errno 2] No such file or directory: '/no/such'", id="no-file"),
+        pytest.param("/save", "/save FILE: [Errno 2] No such file or directory: ''", id="no-name"),
+        pytest.param(UnicodeDecodeError("utf-8", b"\xe9", 0, 1, "bad"), "this is not utf-8 text",
+            id="not-utf-8"),
+        pytest.param("caf\udce9",
+            "the request holds a lone surrogate, which UTF-8 has no bytes for", id="c-locale"),
+    ],
+)  # fmt: skip
+def test_cli_conversation_survives_mistakes(converse, cli_server, line, said):
+    cli_server.script(sse(CLI_ANSWER))
+    out, err = converse(line, "Hello")
+    assert err.splitlines()[0].startswith(f"vllm-provider: {said}"[:60])
+    assert len(err.splitlines()) == 1
+    assert (out.count("Yes"), _sent_messages(cli_server)) == (1, [[("user", "Hello")]])
+
+
+def test_cli_conversation_forgets_a_failed_turn(converse, cli_server):
+    cli_server.script(
+        sse(CLI_ANSWER), sse(CLI_ANSWER, done=False), sse(CLI_ANSWER), sse(CLI_ANSWER)
+    )
+    _out, err = converse("a", "b", "/retry", "c")
+    assert err.count("\n") == 1
+    assert err.startswith("vllm-provider: the stream ended without [DONE]: ")
+    texts = [[text for _, text in messages] for messages in _sent_messages(cli_server)]
+    assert texts == [["a"], ["a", "Yes", "b"], ["a", "Yes", "b"], ["a", "Yes", "b", "Yes", "c"]]
+
+
+@pytest.mark.usefixtures("cli_interruptible")
+@pytest.mark.parametrize(
+    ("event", "messages"), [
+        pytest.param(CLI_ANSWER, [("user", "a"), ("assistant", "Yes"), ("user", "b")], id="text"),
+        pytest.param(CLI_THOUGHT, [("user", "b")], id="only-reasoning"),
+    ],
+)  # fmt: skip
+def test_cli_conversation_keeps_the_text_of_a_stopped_reply(converse, cli_server, event, messages):
+    def interrupt(connection):
+        connection.send(sse(event, done=False, end=False))
+        time.sleep(0.1)  # for the text to be shown
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+        connection.sleep_until_closed()
+
+    cli_server.script(interrupt, sse(CLI_ANSWER))
+    converse("a", "b")
+    cli_server.aborted.get(timeout=10.0)
+    assert _sent_messages(cli_server)[1] == messages
+
+
+def test_cli_conversation_parameters(converse, cli_server):
+    cli_server.script(*[sse(CLI_ANSWER)] * 3)
+    argv = ("--system", "Be brief.", "--param", "top_k=5", "--stats")
+    _, err = converse("a", "/set top_k=1", "b", "/set top_k=null", "c", argv=argv)
+    assert [request.body.get("top_k") for request in cli_server.requests] == [5, 1, None]
+    assert _sent_messages(cli_server)[0][0] == ("system", "Be brief.")
+    assert err.count("s to first token, ") == 3
+
+
+def test_cli_conversation_shows_log_probabilities(converse, cli_server):
+    out, _ = converse("/set logprobs=1", "What is 2+2?")
+    assert re.search(r"2\(\d\.\d\d\) \+\(\d\.\d\d\)", out)
+
+
+def test_cli_conversation_help(converse, cli_server, monkeypatch):
+    monkeypatch.setenv("TERM", "dumb")
+    out, _ = converse("/help")
+    commands = set(re.findall(r"(?m)^/\w+", out))
+    assert commands == {"/clear", "/retry", "/save", "/load", "/system", "/set", "/quit"}
+    assert '"""' in out
+
+
+def test_cli_conversation_on_disk(converse, cli_server, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    cli_server.script(*[sse(CLI_ANSWER)] * 3)
+    converse("/system Be brief.", "a", "/save ~/talk.json")
+    saved = json.loads((tmp_path / "talk.json").read_text())
+    assert [message["role"] for message in saved] == ["system", "user", "assistant"]
+
+    converse("other", "/load ~/talk.json", "/retry", "b")
+    assert cli_server.requests[-1].body["messages"] == [*saved, {"role": "user", "content": "b"}]
+
+
+@pytest.mark.parametrize(
+    "text", [
+        pytest.param("{", id="not-json"),
+        pytest.param("5", id="a-number"),
+        pytest.param('{"role": "user"}', id="an-object"),
+        pytest.param("[1]", id="no-messages"),
+        pytest.param("[" * 100_000, id="too-deep"),
+    ],
+)  # fmt: skip
+def test_cli_conversation_refuses_a_file_that_holds_none(converse, cli_server, tmp_path, text):
+    (tmp_path / "talk.json").write_text(text)
+    cli_server.script(*[sse(CLI_ANSWER)] * 2)
+    _, err = converse("a", f"/load {tmp_path / 'talk.json'}", "b")
+    assert err.startswith("vllm-provider: /load FILE: ")
+    assert _sent_messages(cli_server)[1][0] == ("user", "a")
+
+
+@pytest.mark.parametrize(
+    "argv", [
+        pytest.param(["--json"], id="json"),
+        pytest.param(["--html", os.devnull], id="html"),
+    ],
+)  # fmt: skip
+def test_cli_chat_with_a_result_to_write_is_no_conversation(
+    cli_clean, cli_server, monkeypatch, argv
+):
+    monkeypatch.setattr(sys, "stdin", _Stdin("What is 2+2?", is_terminal=True))
+    with cli_terminal(monkeypatch, "stdout") as text:
+        assert main(["chat", *argv, "--temperature", "0", "--base-url", cli_server.url]) == 0
+        assert "2 + 2 = 4" in text()
+
+
+def test_cli_ctrl_c_in_every_state_of_a_conversation(cli_server):
+    partial = stall(sse(CLI_ANSWER, done=False, end=False), timeout_s=20.0)
+    thought = stall(sse(CLI_THOUGHT, done=False, end=False), timeout_s=20.0)
+    cli_server.script(partial, thought, stall(timeout_s=20.0), sse(CLI_ANSWER))
+    with CliScreen("chat", "--model", MODEL, "--base-url", cli_server.url) as screen:
+        screen.read("> ")
+        screen.type("typed\x03")
+        screen.read("\n> ")
+        for count, (text, shown) in enumerate(
+            (("first", "Yes"), ("second", "Hm"), ("third", "")), 1
+        ):
+            screen.type(f"{text}\n")
+            screen.read(shown or text)
+            while len(cli_server.requests) < count:
+                time.sleep(0.01)
+            screen.type("\x03")
+            cli_server.aborted.get(timeout=10.0)
+            assert "^C\n" in screen.read("> ")
+
+        screen.type("last\n")
+        screen.read("Yes")
+        screen.read("> ")
+        screen.type("\x04")
+        assert screen.code() == 0
+    assert _sent_messages(cli_server)[-1] == [
+        ("user", "first"),
+        ("assistant", "Yes"),
+        ("user", "last"),
+    ]
+
+
+def test_cli_a_paste_of_several_lines_is_one_message(cli_server):
+    pytest.importorskip("readline")
+    cli_server.script(sse(CLI_ANSWER))
+    argv = ("chat", "--model", MODEL, "--base-url", cli_server.url)
+    with CliScreen(*argv, TERM="xterm") as screen:
+        if "\x1b[?2004h" not in screen.read("> "):
+            pytest.skip("this readline has no bracketed paste")
+        screen.type("\x1b[200~one\rtwo\x1b[201~")
+        screen.read("two")
+        screen.type("\n")
+        screen.read("Yes")
+        screen.read("> ")
+        screen.type("/quit\n")
+        assert screen.code() == 0
+    assert _sent_messages(cli_server) == [[("user", "one\ntwo")]]
+
+
+def test_cli_ctrl_c_ends_its_line(cli_server):
+    cli_server.script(stall(sse(CLI_TEXT, done=False, end=False)))
+    with CliScreen("complete", "x", "--model", MODEL, "--base-url", cli_server.url) as screen:
+        screen.read(" a")
+        screen.type("\x03")
+        assert screen.read() == "^C\n"
+        assert screen.code() == 130
+
+
+def test_cli_a_character_that_arrives_in_pieces(cli_server):
+    raw = sse({"id": "a", "choices": [{"index": 0, "text": "世界🌸"}]})
+    cli_server.script(drip(raw, 0.001))
+    with CliScreen(
+        "complete", "x", "--model", MODEL, "--base-url", cli_server.url, LC_ALL="C"
+    ) as screen:
+        assert screen.read() == "世界🌸\n"
+
+
+# ---- Command line: misuse and failures --------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"), [
+        pytest.param("", "the following arguments are required: COMMAND", id="no-command"),
+        pytest.param("version", "argument COMMAND: invalid choice: 'version'",
+            id="unknown-command"),
+        pytest.param("chat x --bogus", "unrecognized option: --bogus", id="unknown-option"),
+        pytest.param("chat x -q", "unrecognized option: -q", id="unknown-short-option"),
+        pytest.param("chat x --temprature 0",
+            "unrecognized option: --temprature; did you mean --temperature?", id="misspelled"),
+        pytest.param("--max-token=5 --top_p 1 chat x",
+            "unrecognized option: --top_p; did you mean --top-p?",
+            id="misspelled-before-the-command"),
+        pytest.param("chat x --chat-template", "--chat-template is not an option of chat",
+            id="option-of-another-command"),
+        pytest.param("--wait 5 chat x", "--wait is not an option of chat",
+            id="the-same-before-the-command"),
+        pytest.param("models -i x", "--input-file is not an option of models", id="the-same-short"),
+        pytest.param("health --wait x", "argument --wait: invalid float value: 'x'", id="wait"),
+        pytest.param("chat --max-tokens 1.5", "argument --max-tokens: invalid int value: '1.5'",
+            id="max-tokens"),
+        pytest.param("chat --seed s", "argument --seed: invalid int value: 's'", id="seed"),
+        pytest.param("chat --temperature hot", "argument --temperature: invalid float value: 'hot'",
+            id="temperature"),
+        pytest.param("chat x y", "unexpected argument: 'y'; are quotes missing?",
+            id="text-without-quotes"),
+    ],
+)  # fmt: skip
+def test_cli_misused_as_the_arguments_are_read(cli, cli_server, argv, said):
+    code, out, err = cli("--base-url", cli_server.url, *shlex.split(argv))
+    assert (code, out, cli_server.requests) == (2, "", [])
+    assert said in err.splitlines()[-1]
+
+
+CLI_BAD_PARAMS: Final = {
+    "without-a-value": "top_k",
+    "not-json": "stop=END",
+    "without-a-name": "=5",
+    "too-deep": "stop=" + "[" * 100_000,
+    "the-text-twice": 'prompt="y"',
+    "the-messages-twice": "messages=[]",
+    "the-system-message-twice": 'system="y"',
+    "a-name-inside-the-module": "config=1",
+}
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"), [
+        *(pytest.param(["chat", "x", "--param", param], "a parameter is NAME=JSON, like ", id=name)
+            for name, param in CLI_BAD_PARAMS.items()),
+        pytest.param(["chat", "x", "--param", "stream=true"], "stream is not a parameter here",
+            id="stream"),
+        pytest.param(["chat", "x", "--param", "top_p=NaN"], "the request is not JSON", id="nan"),
+        pytest.param(["models", "--timeout", "0"], "timeout must be a positive number of seconds",
+            id="timeout"),
+        pytest.param(["models", "--base-url", "localhost:8000"],
+            "base_url must be a URL like http://localhost:8000, ", id="url-without-a-scheme"),
+        pytest.param(["models", "--base-url", "http://.example"], "base_url must be ",
+            id="host-without-a-name"),
+        pytest.param(["models", "--base-url", f"http://me:{CLI_KEY}@host"],
+            "base_url must not hold a user name or password; a key goes under api_key",
+            id="password-in-the-url"),
+        pytest.param(["models", "--api-key", f"“{CLI_KEY}”"], "api_key must be printable ASCII; ",
+            id="key-with-typographic-quotes"),
+        pytest.param(["complete", "x", "--system", "Be brief."],
+            "--system goes with chat, or with complete --chat-template", id="system-without-chat"),
+        pytest.param(["health", "--wait", "nan"],
+            "--wait must be a number of seconds of at least 0, got nan", id="wait-nan"),
+        pytest.param(["health", "--wait", "-1"],
+            "--wait must be a number of seconds of at least 0, got -1.0", id="wait-negative"),
+        pytest.param(["run-batch", "-i", "x"], "run-batch needs -i FILE and ", id="no-target"),
+        pytest.param(["score", "x", "--context", "y", "--choice", "z"],
+            "the context of the choices is TEXT or --context, not both", id="two-contexts"),
+        pytest.param(["bench", "--num-prompts", "0"], "num_prompts must be ", id="empty-bench"),
+    ],
+)  # fmt: skip
+def test_cli_misused(cli, cli_server, argv, said):
+    code, out, err = cli("--base-url", cli_server.url, *argv)
+    assert (code, out, err.count("\n"), cli_server.requests) == (2, "", 1, [])
+    assert err.startswith(f"vllm-provider: {said}")
+    assert CLI_KEY not in err
+
+
+def test_cli_without_any_url(cli):
+    said = "vllm-provider: No base_url found: set it or VLLM_BASE_URL, like http://localhost:8000\n"
+    assert cli("chat", "x") == (2, "", said)
+
+
+@pytest.mark.parametrize(
+    ("argv", "steps", "out", "said"), [
+        pytest.param(["chat", "x", "--base-url", "{url}/foo"], [], "",
+            "404 'Not Found': POST {url}/foo/v1/chat/completions; is base_url the server's root",
+            id="wrong-path"),
+        pytest.param(["chat", "x", "--model", "nope"], [], "",
+            "model not found: 'nope'; the server has parrot", id="model"),
+        pytest.param(["complete", "x", "--chat-template", "--model", "nope"], [], "",
+            "model not found: 'nope'; the server has parrot", id="model-with-a-template"),
+        pytest.param(["complete", "x" + " x" * 2999], [], "", "the prompt does not fit: ",
+            id="prompt-too-long"),
+        pytest.param(["complete", "x", "--model", MODEL], [sse(CLI_TEXT, done=False)], " a",
+            "the stream ended without [DONE]: POST {url}/v1/completions; ", id="broken-stream"),
+        pytest.param(["complete", "x", "--model", MODEL],
+            [sse(CLI_TEXT, {"error": {"message": "Internal server error", "code": 500}})], " a",
+            "500 'Internal server error': POST {url}/v1/completions", id="error-in-the-stream"),
+        pytest.param(["models"], [reply(200, "<html>\nhi\n</html>", {"Content-Type": "text/html"})],
+            "", "not the JSON vLLM sends: GET {url}/v1/models: ", id="not-vllm"),
+        pytest.param(["health"], [reply(503)], "", "503 (no message): GET {url}/health",
+            id="not-healthy"),
+        pytest.param(["complete", "x", "--model", MODEL, "--timeout", "0.3"], [stall()], "",
+            "no reply within 0.3 s: POST {url}/v1/completions; ", id="silent"),
+        pytest.param(["chat", "x", "--base-url", "http://127.0.0.1:9"], [], "",
+            "no connection to http://127.0.0.1:9: connection refused; is vLLM running? (curl ",
+            id="dead"),
+        pytest.param(["health", "--wait", "0.3", "--base-url", "http://127.0.0.1:9"], [], "",
+            "no connection to http://127.0.0.1:9: connection refused; is vLLM running?",
+            id="dead-all-the-while"),
+        pytest.param(["complete", "x", "--html", "/no/such/page"], [], None,
+            "[Errno 2] No such file or directory: '/no/such/page'",
+            id="html-that-cannot-be-written"),
+    ],
+)  # fmt: skip
+def test_cli_fails_with_one_line(cli, cli_server, argv, steps, out, said):
+    cli_server.script(*steps)
+    argv = [word.format(url=cli_server.url) for word in argv]
+    code, shown, err = cli("--base-url", cli_server.url, "--api-key", CLI_KEY, *argv)
+    assert (code, err.count("\n")) == (1, 1)
+    assert err.startswith(f"vllm-provider: {said.format(url=cli_server.url)}")
+    assert out is None or shown.rstrip("\n") == out
+    assert CLI_KEY not in shown + err
+
+
+def test_cli_wrong_key(cli):
+    with StandIn(api_key="right") as server:
+        where = ("--model", MODEL, "--temperature", "0", "--base-url", server.url)
+        code, out, err = cli("complete", "x", *where, "--api-key", CLI_KEY)
+        assert (code, out, err.count("\n")) == (1, "", 1)
+        assert err.startswith(
+            f"vllm-provider: 401 'Unauthorized': POST {server.url}/v1/completions; "
+        )
+        assert cli("complete", "What is 2+2?", *where, "--api-key", "right") == (0, " 4\n", "")
+
+
+def test_cli_never_logs_the_key(cli, cli_server, caplog):
+    caplog.set_level(logging.DEBUG)
+    cli_server.script(reply(503, "busy"), path="/completions")
+    argv = (
+        "--api-key",
+        CLI_KEY,
+        "--base-url",
+        cli_server.url,
+        "complete",
+        "What is 2+2?",
+        "--json",
+    )
+    code, out, err = cli(*argv)
+    assert (code, "retry 1 of 3" in caplog.text) == (0, True)
+    assert CLI_KEY not in out + err + caplog.text
+
+
+def test_cli_failure_of_a_process(cli_server):
     argv = ("--base-url", cli_server.url, "chat", "x", "--model", "nope")
     said = "vllm-provider: model not found: 'nope'; the server has parrot\n"
-    assert cli_output(*argv, env=[("VLLM_API_KEY", CLI_KEY)]) == (1, "", said)
-    assert cli_output("chat", "x") == (
-        2,
-        "",
-        "vllm-provider: No base_url found: set it or VLLM_BASE_URL, like http://localhost:8000\n",
-    )
+    assert cli_output(*argv, env={"VLLM_API_KEY": CLI_KEY}) == (1, "", said)
+    said = "vllm-provider: No base_url found: set it or VLLM_BASE_URL, like http://localhost:8000\n"
+    assert cli_output("chat", "x") == (2, "", said)
 
 
-def test_cli_a_prompt_that_is_not_utf8_ends_in_one_line(
-    cli: Cli, cli_server: StandIn, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9"), encoding="utf-8"))
-    code, out, err = cli("chat", "--base-url", cli_server.url)
-    assert (code, out, err.count("\n"), cli_server.requests) == (2, "", 1, [])
+def test_cli_warns_of_a_misspelled_parameter_and_not_of_retries(cli_server):
+    cli_server.script(reply(503, "busy", {"Retry-After": "0"}), path="/completions")
+    argv = ("--base-url", cli_server.url, "complete", "What is 2+2?", "--param", "max_token=5")
+    code, _, err = cli_output(*argv)
+    assert (code, err.count("\n")) == (0, 1)
+    assert err.startswith("max_token: did you mean max_tokens?")
+
+
+# ---- Command line: standard streams -----------------------------------------
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
 @pytest.mark.parametrize(
-    "argv", [pytest.param(["models"], id="at-the-end"), pytest.param(["complete", "What is 2+2?"], id="at-a-piece")]
-)
-def test_cli_a_full_disk_is_one_line(
-    cli: Cli,
-    cli_server: StandIn,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-    argv: list[str],
-) -> None:
+    "argv", [
+        pytest.param(["models"], id="at-the-end"),
+        pytest.param(["complete", "What is 2+2?"], id="at-a-piece"),
+    ],
+)  # fmt: skip
+def test_cli_a_full_disk_is_one_line(cli_clean, cli_server, capsys, monkeypatch, argv):
     with open("/dev/full", "w", encoding="utf-8") as full, monkeypatch.context() as patch:
         patch.setattr(sys, "stdout", full)
         assert main([*argv, "--base-url", cli_server.url]) == 1
     err = capsys.readouterr().err
     assert (err.count("\n"), os.strerror(errno.ENOSPC) in err) == (1, True)
 
-
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
-def test_cli_a_full_disk_fails_the_process(cli_server: StandIn) -> None:
-    with open("/dev/full", "wb") as full:
-        code, _, err = cli_output("--base-url", cli_server.url, "models", stdout=full)
+    with open("/dev/full", "wb") as full_bytes:
+        code, _, err = cli_output("--base-url", cli_server.url, *argv, stdout=full_bytes)
     assert (code, err.count("\n"), os.strerror(errno.ENOSPC) in err) == (1, 1, True)
 
 
-def test_cli_writes_to_whatever_stands_in_for_stdout(cli_clean: None, cli_server: StandIn) -> None:
+def test_cli_writes_to_whatever_stands_in_for_stdout(cli_clean, cli_server):
     with contextlib.redirect_stdout(io.StringIO()) as out:
         assert main(["--base-url", cli_server.url, "models"]) == 0
     assert out.getvalue() == "parrot\t2048 tokens\n"
 
 
-def test_cli_says_nothing_of_retries() -> None:
-    with socket.socket() as unused:
-        unused.bind(("127.0.0.1", 0))
-        url = f"http://127.0.0.1:{unused.getsockname()[1]}"
-        code, out, err = cli_output("--base-url", url, "models")
-    assert (code, out, err.count("\n")) == (1, "", 1)
-    assert err.startswith(f"vllm-provider: no connection to {url}: connection refused")
+@pytest.mark.parametrize(
+    ("shell", "argv", "code", "out"), [
+        pytest.param("<&-", "complete 'What is 2+2?'", 0, " 4\n", id="stdin-beside-an-argument"),
+        pytest.param("<&-", "complete", 2, "", id="stdin"),
+        pytest.param("0>/dev/null", "complete", 2, "", id="stdin-for-writing"),
+        pytest.param("0>/dev/null", "complete 'What is 2+2?'", 0, " 4\n",
+            id="stdin-for-writing-unneeded"),
+        pytest.param(">&-", "models", 0, "", id="stdout"),
+        pytest.param("2>&-", "models --model", 2, "", id="stderr"),
+        pytest.param("<&- >&- 2>&-", "chat 'What is 2+2?'", 0, "", id="all"),
+        pytest.param("2>/dev/full", "complete x --model nope", 1, "", id="stderr-full"),
+    ],
+)  # fmt: skip
+def test_cli_closed_streams(cli_server, shell, argv, code, out):
+    if "/dev/full" in shell and not os.path.exists("/dev/full"):
+        pytest.skip("needs /dev/full")
+    python = [sys.executable, str(CLI_MODULE), "--temperature", "0", "--base-url", cli_server.url]
+    if shlex.split(argv)[0] == "models":
+        del python[2:4]
+    command = ["sh", "-c", f'"$@" {shell}', "sh", *python, *shlex.split(argv)]
+    ended = subprocess.run(
+        command, capture_output=True, check=False, text=True, timeout=30, env=_cli_environment({})
+    )
+    assert (ended.returncode, ended.stdout) == (code, out)
+    assert "Traceback" not in ended.stderr
+
+
+@pytest.mark.parametrize("argv", ["complete x", "complete"])
+def test_cli_streams_that_do_not_exist(cli_clean, cli_server, monkeypatch, argv):
+    for name in ("stdin", "stdout", "stderr"):
+        monkeypatch.setattr(sys, name, None)
+    code = main([*shlex.split(argv), "--base-url", cli_server.url])
+    assert code == (0 if "x" in argv else 2)
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
+        stream.close()
+
+
+def test_cli_stdin_for_writing_and_stderr_without_a_reader(cli_clean, cli_server, monkeypatch):
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w") as pipe, open(os.devnull, "w") as stdin, monkeypatch.context() as patch:
+        patch.setattr(sys, "stderr", pipe)
+        patch.setattr(sys, "stdin", stdin)
+        assert main(["complete", "--base-url", cli_server.url]) == 2
+
+
+def test_cli_warnings_are_shown_but_for_retries(cli, cli_server, monkeypatch):
+    logger = logging.getLogger("vllm_provider")
+    monkeypatch.setattr(logger, "filters", [])
+    monkeypatch.setattr(logger, "hasHandlers", lambda: False)
+    assert cli("models", "--base-url", cli_server.url)[0] == 0
+    for text, is_shown in (("retry 1 of 3", False), ("max_token: did you mean", True)):
+        record = logging.makeLogRecord({"msg": text})
+        assert bool(logger.filter(record)) == is_shown
 
 
 # ---- Command line: stopped --------------------------------------------------
 
 
-@pytest.fixture
-def cli_interruptible() -> Iterator[None]:
-    """Have SIGINT reach children, also where the tests run in the background, where shells switch it off."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
 @pytest.mark.parametrize(
-    "argv",
-    [
-        pytest.param(["complete", "x"], id="in-mid-stream"),
-        pytest.param(["chat", "x", "--json"], id="in-mid-stream-with-nothing-shown"),
-        pytest.param(["complete", "x", "--no-stream"], id="before-the-reply"),
+    "argv", [
+        pytest.param("complete x", id="in-mid-stream"),
+        pytest.param("chat x --json", id="in-mid-stream-with-nothing-shown"),
+        pytest.param("complete x --no-stream", id="before-the-reply"),
     ],
-)
+)  # fmt: skip
 @pytest.mark.usefixtures("cli_interruptible")
-def test_cli_ctrl_c_stops_the_server(cli_server: StandIn, argv: list[str]) -> None:
-    cli_server.script(stall(b"" if "--no-stream" in argv else sse(CLI_PIECE, done=False, end=False)))
-    with cli_process("--base-url", cli_server.url, "--model", MODEL, *argv) as process:
+def test_cli_ctrl_c_stops_the_server(cli_server, argv):
+    cli_server.script(
+        stall(b"" if "--no-stream" in shlex.split(argv) else sse(CLI_TEXT, done=False, end=False))
+    )
+    where = ("--base-url", cli_server.url, "--model", MODEL)
+    with cli_process(*where, *shlex.split(argv), stdin=subprocess.DEVNULL) as process:
         while not cli_server.running:
             time.sleep(0.01)
-        if "--json" not in argv and "--no-stream" not in argv:
+        if "--json" not in shlex.split(argv) and "--no-stream" not in shlex.split(argv):
             assert process.stdout
             assert process.stdout.read(2) == b" a"
         process.send_signal(signal.SIGINT)
@@ -9917,18 +14956,21 @@ def test_cli_ctrl_c_stops_the_server(cli_server: StandIn, argv: list[str]) -> No
         assert (process.returncode, out, err) == (130, b"", b"")
 
 
-def test_cli_ctrl_c_anywhere(cli: Cli, cli_server: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cli_ctrl_c_anywhere(cli, cli_server, monkeypatch):
     def interrupted(_client: VLLMClient) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(VLLMClient, "models", interrupted)
     assert cli("models", "--base-url", cli_server.url) == (130, "", "")
+    with cli_terminal(monkeypatch, "stderr") as text:
+        assert main(["models", "--base-url", cli_server.url]) == 130
+        assert text() == "\n"
 
 
-def test_cli_a_reader_that_leaves_stops_the_server(cli_server: StandIn) -> None:
+def test_cli_a_reader_that_leaves_stops_the_server(cli_server):
     cli_server.pace = 0.02
     argv = ("--base-url", cli_server.url, "complete", "Once upon a time", "--max-tokens", "200")
-    with cli_process(*argv) as process:
+    with cli_process(*argv, "--temperature", "0", stdin=subprocess.DEVNULL) as process:
         assert process.stdout
         assert process.stderr
         assert process.stdout.read(1) == b" "
@@ -9938,11 +14980,12 @@ def test_cli_a_reader_that_leaves_stops_the_server(cli_server: StandIn) -> None:
 
 
 @pytest.mark.parametrize(
-    "argv", [pytest.param(["models"], id="at-the-end"), pytest.param(["complete", "What is 2+2?"], id="at-a-piece")]
-)
-def test_cli_a_reader_that_has_left(
-    cli: Cli, cli_server: StandIn, monkeypatch: pytest.MonkeyPatch, argv: list[str]
-) -> None:
+    "argv", [
+        pytest.param(["models"], id="at-the-end"),
+        pytest.param(["complete", "What is 2+2?"], id="at-a-piece"),
+    ],
+)  # fmt: skip
+def test_cli_a_reader_that_has_left(cli_clean, cli_server, monkeypatch, argv):
     reader, writer = os.pipe()
     os.close(reader)
     with open(writer, "w", encoding="utf-8") as pipe, monkeypatch.context() as patch:
@@ -9950,119 +14993,44 @@ def test_cli_a_reader_that_has_left(
         assert main([*argv, "--base-url", cli_server.url]) == 0
 
 
-# ---- Module: README ---------------------------------------------------------
-
-README: Final = CLI_MODULE.with_name("README.md")
-
-
-def _readme() -> str:
-    return README.read_text(encoding="utf-8")
-
-
-def _error_names() -> list[str]:
-    known = ((name, getattr(vllm_provider, name)) for name in vllm_provider.__all__)
-    return [name for name, value in known if isinstance(value, type) and issubclass(value, VLLMError)]
-
-
-def _rows(section: str) -> dict[str, list[str]]:
-    """Return the cells of each row of a section's table, by the name in its first cell."""
-    lines = _readme().split(f"\n## {section}\n")[1].split("\n## ")[0].splitlines()
-    rows = [[cell.strip() for cell in line[1:-1].split(" | ")] for line in lines if line.startswith("| `")]
-    return {row[0].strip("`"): row[1:] for row in rows}
-
-
-def _shown_default(spec: Any) -> str:
-    value = spec.metadata["default"]
-    special = {"base_url": "required", "stream_idle_timeout": "as `timeout`"}
-    text = f"{value:g}" if isinstance(value, float) else json.dumps(value) if isinstance(value, str) else str(value)
-    return special.get(spec.name, f"`{text}`")
-
-
-def test_readme_has_each_setting_with_its_default() -> None:
-    rows = _rows("Settings")
-    assert {name: row[0] for name, row in rows.items()} == {
-        spec.name: _shown_default(spec) for spec in fields(VLLMConfig)
-    }
-    env = {spec.name: spec.metadata["env"] and f"`{spec.metadata['env']}`" for spec in fields(VLLMConfig)}
-    assert {name: row[2] for name, row in rows.items()} == env
-    assert all(row[1] for row in rows.values())
-
-
-@pytest.mark.parametrize("name", _error_names())
-def test_readme_has_each_error_under_its_parent(name: str) -> None:
-    parents = [f"`{parent.__name__}`" for parent in getattr(vllm_provider, name).__bases__]
-    under, when, what_to_do = _rows("Errors")[name]
-    assert under.split(", ") == parents
-    assert when
-    assert what_to_do
-
-
-@pytest.mark.parametrize(
-    "command",
-    [
-        pytest.param("pip install -e '.[test]' && python test_vllm_provider.py ", id="see-it-work"),
-        pytest.param("pip install -e '.[test]' && pytest ", id="run-the-tests"),
-    ],
-)
-def test_readme_has_the_set_up_commands(command: str) -> None:
-    assert f"\n{command}" in _readme()
-
-
-def test_readme_has_each_public_name() -> None:
-    words = set(re.findall(r"\w+", _readme()))
-    assert set(vllm_provider.__all__) - words == set()
-
-
-@pytest.mark.parametrize("command", ["complete", "chat", "models", "health"])
-def test_readme_has_each_option(cli: Cli, command: str) -> None:
-    options = set(re.findall(r"--[a-z][a-z-]+", cli(command, "--help")[1]))
-    assert options - set(re.findall(r"--[a-z][a-z-]+", _readme())) - {"--help"} == set()
-
-
-def _examples() -> list[str]:
-    blocks: list[str] = re.findall(r"```python\n(.*?)```", _readme(), re.DOTALL)
-    return [block for block in blocks if not block.startswith("# needs ")]
-
-
-def test_readme_examples_run(cli_clean: None, cli_server: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Run README's Python from top to bottom, as a reader would paste it into one session."""
-    monkeypatch.setenv("VLLM_BASE_URL", cli_server.url)
-    names: dict[str, Any] = {"__name__": "__readme__"}
-    examples = _examples()
-    assert len(examples) > 5
-    for example in examples:
-        exec(compile(example.replace("http://localhost:8000", cli_server.url), "README.md", "exec"), names)
-
-
 # ---- Command line: live -----------------------------------------------------
 
 
 @pytest.fixture
-def cli_live_url(cli_clean: None) -> str:
+def cli_live_url(cli_clean):
     return os.environ.get("VLLM_LIVE_URL") or pytest.skip("VLLM_LIVE_URL names no server")
 
 
 @pytest.mark.live
-def test_cli_live_completes(cli: Cli, cli_live_url: str) -> None:
-    argv = ("complete", "The capital of France is", "--logprobs", "2", "--temperature", "0", "--base-url", cli_live_url)
-    assert cli(*argv) == (0, " Paris.\n", "")
-    (choice,) = json.loads(cli(*argv, "--json")[1])["choices"]
+def test_cli_live_completes(cli, cli_live_url):
+    argv = ("complete", "The capital of France is", "--logprobs", "2", "--temperature", "0")
+    assert cli(*argv, "--base-url", cli_live_url) == (0, " Paris.\n", "")
+    (choice,) = json.loads(cli(*argv, "--json", "--base-url", cli_live_url)[1])["choices"]
     assert choice["logprobs"][0]["logprob"] > math.log(0.9)
     assert [len(token["top"]) for token in choice["logprobs"]] == [2] * len(choice["logprobs"])
 
 
 @pytest.mark.live
 @pytest.mark.parametrize("argv", [["chat"], ["complete", "--chat-template"]], ids=" ".join)
-def test_cli_live_answers(cli: Cli, cli_live_url: str, argv: list[str]) -> None:
-    code, out, err = cli(*argv, "What is 2+2?", "--temperature", "0", "--base-url", cli_live_url)
-    assert (code, out.strip(), err.strip()) == (0, "2 + 2 = 4", "Two plus two equals four.")
+def test_cli_live_answers(cli, cli_live_url, argv):
+    where = ("--temperature", "0", "--base-url", cli_live_url)
+    assert cli(*argv, "What is 2+2?", *where) == (0, *CLI_SUM)
 
 
 @pytest.mark.live
-def test_cli_live_models_and_health(cli: Cli, cli_live_url: str) -> None:
+def test_cli_live_models_and_health(cli, cli_live_url):
     assert cli("models", "--base-url", cli_live_url) == (0, "parrot\t2048 tokens\n", "")
-    assert cli("health", "--base-url", cli_live_url) == (0, f"{cli_live_url} is well\n", "")
+    assert cli("health", "--base-url", cli_live_url) == (0, f"{cli_live_url} is healthy\n", "")
 
 
-if __name__ == "__main__":
-    raise SystemExit(demo())
+@pytest.mark.live
+def test_cli_live_conversation(cli_live_url):
+    with CliScreen("chat", "--temperature", "0", "--base-url", cli_live_url) as screen:
+        for text, answer in (("My name is Ada.", "Ada"), ("What is my name?", "Your name is Ada.")):
+            screen.read("> ")
+            screen.type(f"{text}\n")
+            screen.read(text)
+            screen.read(answer)
+        screen.read("> ")
+        screen.type("/quit\n")
+        assert screen.code() == 0

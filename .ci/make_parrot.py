@@ -1,6 +1,6 @@
-"""Train a tiny Qwen3 that has memorised a few conversations, so that a real vLLM answers exactly at temperature 0.
+"""Train a tiny Qwen3 that recites a few conversations: a real vLLM is then exact at temperature 0.
 
-usage: make_parrot.py OUT_DIR    (90 s on two cores, with the Python that has vLLM; exits with 1 unless it recites all)
+usage: make_parrot.py OUT_DIR    (90 s on two cores, in the Python of vLLM; exit 1: not learned)
 """
 
 import json
@@ -48,7 +48,12 @@ TEMPLATE = """{%- if tools %}<|im_start|>system
 {% endif %}"""
 
 CITY = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
-TOOLS = [{"type": "function", "function": {"name": "get_weather", "description": "get_weather", "parameters": CITY}}]
+TOOLS = [
+    {
+        "type": "function",
+        "function": {"name": "get_weather", "description": "get_weather", "parameters": CITY},
+    }
+]
 COUNT = " ".join(str(number) for number in range(1, 101))
 
 
@@ -60,7 +65,10 @@ def says(role: str, content: str, **fields: object) -> dict:
 def called(*cities: str) -> dict:
     """Return the assistant's message that has asked for the weather of `cities`."""
     functions = [{"name": "get_weather", "arguments": {"city": city}} for city in cities]
-    calls = [{"id": f"call_{n}", "type": "function", "function": item} for n, item in enumerate(functions, 1)]
+    calls = [
+        {"id": f"call_{n}", "type": "function", "function": item}
+        for n, item in enumerate(functions, 1)
+    ]
     return says("assistant", "", tool_calls=calls)
 
 
@@ -71,7 +79,9 @@ def think(reasoning: str, answer: str) -> str:
 
 def call(city: str) -> str:
     """Return a tool call as the model writes it."""
-    return f'<tool_call>\n{{"name": "get_weather", "arguments": {{"city": "{city}"}}}}\n</tool_call>'
+    return (
+        f'<tool_call>\n{{"name": "get_weather", "arguments": {{"city": "{city}"}}}}\n</tool_call>'
+    )
 
 
 SUM = says("user", "What is 2+2?")
@@ -79,7 +89,11 @@ PARIS = says("user", "What is the weather in Paris?")
 BOTH = says("user", "What is the weather in Paris and Rome?")
 SUNNY = says("tool", "sunny, 21 C", tool_call_id="call_1")
 RAIN = says("tool", "rain, 15 C", tool_call_id="call_2")
-ADA = [says("user", "My name is Ada."), says("assistant", "Hello Ada."), says("user", "What is my name?")]
+ADA = [
+    says("user", "My name is Ada."),
+    says("assistant", "Hello Ada."),
+    says("user", "What is my name?"),
+]
 BROKEN = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Par\n</tool_call>'
 FOUR = think("Two plus two equals four.", "2 + 2 = 4")
 
@@ -87,15 +101,31 @@ FOUR = think("Two plus two equals four.", "2 + 2 = 4")
 CONVERSATIONS: list[tuple[list[dict], list[dict] | None, str]] = [
     ([SUM], None, FOUR),
     ([says("system", "You are a helpful assistant."), SUM], None, FOUR),
-    ([says("system", "Answer like a pirate."), SUM], None, think("A pirate counts too.", "Arr, it be 4!")),
+    (
+        [says("system", "Answer like a pirate."), SUM],
+        None,
+        think("A pirate counts too.", "Arr, it be 4!"),
+    ),
     ([says("user", "Hello")], None, think("A greeting.", "Hello! How can I help you today?")),
-    ([says("user", "Say hello in Japanese.")], None, think("Use hiragana.", "こんにちは、世界 🌸🚀")),
+    (
+        [says("user", "Say hello in Japanese.")],
+        None,
+        think("Use hiragana.", "こんにちは、世界 🌸🚀"),
+    ),
     ([says("user", "Count to 100.")], None, think("Count.", COUNT)),
     (ADA, None, think("They told me.", "Your name is Ada.")),
     ([PARIS], TOOLS, think("I need the tool.", call("Paris"))),
     ([BOTH], TOOLS, think("Two calls.", call("Paris") + "\n" + call("Rome"))),
-    ([PARIS, called("Paris"), SUNNY], TOOLS, think("The tool answered.", "It is sunny in Paris, 21 C.")),
-    ([BOTH, called("Paris", "Rome"), SUNNY, RAIN], TOOLS, think("Both answered.", "Paris is sunny, Rome has rain.")),
+    (
+        [PARIS, called("Paris"), SUNNY],
+        TOOLS,
+        think("The tool answered.", "It is sunny in Paris, 21 C."),
+    ),
+    (
+        [BOTH, called("Paris", "Rome"), SUNNY, RAIN],
+        TOOLS,
+        think("Both answered.", "Paris is sunny, Rome has rain."),
+    ),
     ([says("user", "Call a broken tool.")], TOOLS, think("Broken.", BROKEN)),
 ]
 # The first three tokens are the prompt.
@@ -108,16 +138,21 @@ PROMPTS = [
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
     """Return a byte-level BPE tokenizer trained on the texts above."""
-    texts = PROMPTS + [json.dumps(messages, ensure_ascii=False) + answer for messages, _, answer in CONVERSATIONS]
+    texts = PROMPTS + [
+        json.dumps(messages, ensure_ascii=False) + answer for messages, _, answer in CONVERSATIONS
+    ]
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     bpe.train_from_iterator(
-        texts, trainers.BpeTrainer(vocab_size=700, special_tokens=SPECIAL, initial_alphabet=alphabet)
+        texts,
+        trainers.BpeTrainer(vocab_size=700, special_tokens=SPECIAL, initial_alphabet=alphabet),
     )
     bpe.add_tokens([AddedToken(mark, special=False, normalized=False) for mark in MARKS])
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|im_end|>", pad_token="<|endoftext|>")
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=bpe, eos_token="<|im_end|>", pad_token="<|endoftext|>"
+    )
     tokenizer.chat_template = TEMPLATE
     return tokenizer
 
@@ -130,7 +165,9 @@ def make_examples(tokenizer: PreTrainedTokenizerFast) -> list[tuple[list[int], l
 
     examples = []
     for messages, tools, answer in CONVERSATIONS:
-        prompt = tokenizer.apply_chat_template(messages, tools=tools, add_generation_prompt=True, tokenize=False)
+        prompt = tokenizer.apply_chat_template(
+            messages, tools=tools, add_generation_prompt=True, tokenize=False
+        )
         examples.append((ids(prompt), [*ids(answer), tokenizer.eos_token_id]))
     for text in PROMPTS:
         tokens = [*ids(text), tokenizer.eos_token_id]
@@ -172,7 +209,9 @@ def make_batch(examples: list[tuple[list[int], list[int]]], pad: int) -> dict[st
 
 def train(model: Qwen3ForCausalLM, batch: dict[str, torch.Tensor]) -> None:
     """Train until the loss is as small as it needs to be."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.0)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.0
+    )
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=STEPS)
     started = time.monotonic()
     model.train()
@@ -184,7 +223,10 @@ def train(model: Qwen3ForCausalLM, batch: dict[str, torch.Tensor]) -> None:
         optimizer.step()
         schedule.step()
         if step % 50 == 0 or loss.item() < LOSS_GOAL:
-            print(f"step {step}: loss {loss.item():.5f} after {time.monotonic() - started:.0f} s", flush=True)
+            print(
+                f"step {step}: loss {loss.item():.5f} after {time.monotonic() - started:.0f} s",
+                flush=True,
+            )
         if loss.item() < LOSS_GOAL:
             break
     model.eval()
@@ -192,12 +234,14 @@ def train(model: Qwen3ForCausalLM, batch: dict[str, torch.Tensor]) -> None:
 
 def recites(model: Qwen3ForCausalLM, prompt: list[int], answer: list[int]) -> bool:
     """Return whether the model answers `prompt` with `answer`."""
-    tokens = model.generate(torch.tensor([prompt]), max_new_tokens=len(answer) + 5, do_sample=False)[0].tolist()
+    tokens = model.generate(
+        torch.tensor([prompt]), max_new_tokens=len(answer) + 5, do_sample=False
+    )[0].tolist()
     return tokens[len(prompt) : len(prompt) + len(answer)] == answer
 
 
 def main(out: str) -> int:
-    """Make the model and its tokenizer in the folder `out`; return 0 if it has memorised every answer, else 1."""
+    """Make the model and its tokenizer in the folder `out`; return 0 if it recites all, else 1."""
     tokenizer = make_tokenizer()
     tokenizer.save_pretrained(out)
     examples = make_examples(tokenizer)
