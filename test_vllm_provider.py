@@ -1551,13 +1551,15 @@ if __name__ == "__main__":
 # What the stand-in needs is imported above.
 import ast
 import asyncio
+import base64
+import contextvars
 import copy
 import dataclasses
 import email.utils
 import errno
+import gc
 import html.parser
 import logging
-import pathlib
 import pickle
 import pty
 import select
@@ -1566,8 +1568,11 @@ import subprocess
 import traceback
 import tracemalloc
 import types
+import urllib.parse
+import urllib.request
 import zlib
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import fields
 from datetime import UTC, datetime, timedelta
 
 import certifi
@@ -1614,6 +1619,7 @@ from vllm_provider import (
     ConfigurationError,
     ContextLengthError,
     Delta,
+    InvalidOutputError,
     InvalidRequestError,
     InvalidToolCallError,
     LLMTimeoutError,
@@ -1632,7 +1638,11 @@ from vllm_provider import (
     Usage,
     VLLMConfig,
     VLLMProvider,
+    _CallGroup,
+    _Clock,
     _HarmonySplitter,
+    _read_overflow,
+    _RequestFacts,
     _SSEDecoder,
     _ThinkSplitter,
     build_chat_request,
@@ -2056,4352 +2066,20 @@ def test_demo_shows_what_it_promises(tmp_path):
     assert Path(re.search(r"^/.*heat_map\.html$", out, re.MULTILINE)[0]).stat().st_size > 1000
 
 
-# ---- Module identity --------------------------------------------------------
-
-ERROR_TREE: Final = {
-    "VLLMError": ("Exception",),
-    "ConfigurationError": ("VLLMError", "ValueError"),
-    "NetworkError": ("VLLMError",),
-    "LLMTimeoutError": ("VLLMError",),
-    "StreamError": ("VLLMError",),
-    "AbortError": ("VLLMError",),
-    "InvalidToolCallError": ("VLLMError",),
-    "InvalidOutputError": ("VLLMError", "ValueError"),
-    "ProtocolError": ("VLLMError",),
-    "StatusError": ("VLLMError",),
-    "AuthenticationError": ("StatusError",),
-    "AccessDeniedError": ("AuthenticationError",),
-    "NotFoundError": ("StatusError",),
-    "InvalidRequestError": ("StatusError",),
-    "ContextLengthError": ("StatusError",),
-    "RateLimitError": ("StatusError",),
-    "ProviderUnavailableError": ("StatusError",),
-}
-RETRYABLE: Final = {
-    "NetworkError",
-    "LLMTimeoutError",
-    "StreamError",
-    "RateLimitError",
-    "ProviderUnavailableError",
-}
-PUBLIC: Final = {
-    *ERROR_TREE,
-    *(
-        "VLLMConfig",
-        "VLLMClient",
-        "Stream",
-        "Completion",
-        "Choice",
-        "TokenLogprob",
-        "Delta",
-        "ToolCall",
-        "Usage",
-    ),
-    *("ModelCard", "VLLMProvider", "mount", "on_session_ready", "request_options", "main"),
-    *(
-        "build_completion_request",
-        "build_chat_request",
-        "parse_completion_response",
-        "parse_chat_response",
-    ),
-    *("Score", "BatchReport", "BenchReport", "to_html"),
-}
-
-
-def module_source():
-    return pathlib.Path(vllm_provider.__file__).read_text(encoding="utf-8")
-
-
-def test_all_is_the_public_interface_sorted():
-    assert vllm_provider.__all__ == sorted(PUBLIC)
-
-
-def test_a_class_or_function_is_public_or_starts_with_an_underscore():
-    names = {node.name for node in ast.parse(module_source()).body if hasattr(node, "name")}
-    assert {name for name in names if not name.startswith("_")} == PUBLIC
-
-
-def test_version_is_a_literal_that_packaging_reads_without_importing():
-    (version,) = re.findall(r'^__version__ = "(\d+\.\d+\.\d+)"$', module_source(), re.MULTILINE)
-    assert vllm_provider.__version__ == version
-
-
-def test_importing_it_imports_nothing_that_few_need():
-    code = "import sys, vllm_provider; print(*{'amplifier_core', 'asyncio', 'argparse'} & set(sys.modules))"
-    place = pathlib.Path(vllm_provider.__file__).parent
-    run = subprocess.run(
-        [sys.executable, "-c", code], cwd=place, capture_output=True, text=True, check=True
-    )
-    assert run.stdout.strip() == ""
-
-
-@pytest.mark.parametrize("name", sorted(PUBLIC))
-def test_every_public_name_and_method_has_a_docstring(name):
-    thing = getattr(vllm_provider, name)
-    members = (
-        {f"{name}.{key}": value for key, value in vars(thing).items()}
-        if inspect.isclass(thing)
-        else {}
-    )
-    shown = {
-        key: value for key, value in members.items() if not key.rpartition(".")[2].startswith("_")
-    }
-    methods = {
-        key: value.__func__ if isinstance(value, classmethod | staticmethod) else value
-        for key, value in shown.items()
-        if isinstance(value, classmethod | staticmethod | property) or inspect.isfunction(value)
-    }
-    bare = [
-        key for key, value in {name: thing, **methods}.items() if not (value.__doc__ or "").strip()
-    ]
-    generated = [
-        key for key in [name] if (thing.__doc__ or "").startswith(f"{name}(")
-    ]  # what dataclass puts there
-    assert bare + generated == []
-
-
-# ---- Errors -----------------------------------------------------------------
-
-
-def error_classes():
-    return [getattr(vllm_provider, name) for name in ERROR_TREE]
-
-
-def test_error_tree_is_the_one_drawn():
-    found = {
-        name: tuple(base.__name__ for base in thing.__bases__)
-        for name, thing in vars(vllm_provider).items()
-        if inspect.isclass(thing)
-        and issubclass(thing, Exception)
-        and thing.__module__ == "vllm_provider"
-    }
-    assert found == ERROR_TREE
-
-
-@pytest.mark.parametrize("kind", error_classes())
-def test_no_error_is_an_os_error(kind):
-    assert not issubclass(kind, OSError)  # Amplifier's application swallows those
-
-
-@pytest.mark.parametrize("kind", error_classes())
-def test_an_error_has_every_attribute_without_being_told(kind):
-    error = kind("words")
-    assert (str(error), error.status_code, error.retry_after, error.request_id, error.partial) == (
-        "words",
-        *[None] * 4,
-    )
-    assert error.retryable is (kind.__name__ in RETRYABLE)
-
-
-def pickle_copy(value):
-    return pickle.loads(pickle.dumps(value))
-
-
-@pytest.mark.parametrize("how", [pickle_copy, copy.copy])
-@pytest.mark.parametrize("kind", error_classes())
-def test_an_error_is_pickled_with_all_its_attributes(kind, how):
-    partial = Completion(
-        "c-1", choices=(Choice(text="a", logprobs=(TokenLogprob("a", -math.inf),)),)
-    )
-    options = {
-        "status_code": 418,
-        "retryable": True,
-        "retry_after": 1.5,
-        "request_id": "id",
-        "partial": partial,
-    }
-    error = kind("words", **options)
-    error.limit, error.input_tokens, error.server_message = 2048, 2510, "no"
-    error.tool_name, error.raw_arguments = "get_weather", '{"ci'
-    twin = how(error)
-    assert (type(twin), str(twin), twin.args, vars(twin)) == (
-        kind,
-        "words",
-        ("words",),
-        vars(error),
-    )
-    assert twin.partial == partial
-
-
-def test_a_context_length_error_from_a_server_is_pickled_whole(web):
-    web.post(COMPLETIONS_URL, status=400, json=error_032(OVERFLOW_032))
-    error = caught(web_client().complete, "hello " * 9)
-    twin = pickle_copy(error)
-    assert (twin.limit, twin.input_tokens, twin.server_message) == (2048, 2049, OVERFLOW_032)
-    assert (vars(twin), str(twin)) == (vars(error), str(error))
-
-
-# ---- Configuration ----------------------------------------------------------
-
-# key, default, given as a string, what that becomes, a bad value, what is said of it
-SETTINGS: Final = [
-    ("default_model", None, "parrot", "parrot", 7, "must be a string, got 7"),
-    ("use_completions", True, "false", False, "maybe", "must be true or false, got 'maybe'"),
-    (
-        "prompt_format",
-        "auto",
-        "raw",
-        "raw",
-        "harmony",
-        "must be auto, chat_template or raw, got 'harmony'",
-    ),
-    ("max_tokens", None, "0", 0, "-1", "must be an integer of at least 0, got '-1'"),
-    ("temperature", None, "0", 0.0, "hot", "must be a number, got 'hot'"),
-    ("top_p", None, "0.5", 0.5, [], "must be a number, got []"),
-    ("seed", None, "-1", -1, "1.5", "must be an integer, got '1.5'"),
-    ("stop", None, "\n\n", "\n\n", [1], "must be a string or a list of strings, got [1]"),
-    ("logprobs", None, "2", 2, "many", "must be an integer, true or false, got 'many'"),
-    ("reasoning_effort", None, "low", "low", 1, "must be a string, got 1"),
-    ("timeout", 300.0, "60", 60.0, "soon", "must be a positive number of seconds, got 'soon'"),
-    ("stream_idle_timeout", None, "0.5", 0.5, 0, "must be a positive number of seconds, got 0"),
-    (
-        "connect_timeout",
-        10.0,
-        "inf",
-        math.inf,
-        "nan",
-        "must be a positive number of seconds, got 'nan'",
-    ),
-    ("max_retries", None, "0", 0, 1.5, "must be an integer of at least 0, got 1.5"),
-    ("min_retry_delay", 0.5, "0.1", 0.1, 0, "must be a positive number of seconds, got 0"),
-    ("max_retry_delay", 30.0, "1e1", 10.0, -1, "must be a positive number of seconds, got -1"),
-    ("max_concurrency", 64, "128", 128, 0, "must be an integer of at least 1, got 0"),
-    (
-        "verify",
-        True,
-        "false",
-        False,
-        "/no/such.pem",
-        "must be true, false or the path of a CA bundle that exists, got ",
-    ),
-    ("context_window", None, "32768", 32768, "32k", "must be an integer of at least 1, got '32k'"),
-    ("max_output_tokens", None, "1", 1, 0, "must be an integer of at least 1, got 0"),
-    ("use_streaming", True, "off", False, 2, "must be true or false, got 2"),
-    ("priority", 100, "5", 5, "first", "must be an integer, got 'first'"),
-    ("debug", False, "true", True, "verbose", "must be true or false, got 'verbose'"),
-    ("raw_debug", False, "Yes", True, "", None),
-    ("debug_truncate_length", 180, "40", 40, 0, "must be an integer of at least 1, got 0"),
-    ("raw", False, "1", True, None, None),
-    # mappings and the key have tables of their own
-    ("api_key", "EMPTY", "sk-1", "sk-1", None, None),
-    ("extra_body", {}, None, {}, "top_k=1", "must be a mapping, got a str"),
-    ("default_headers", {}, None, {}, "X: 1", None),
-]
-
-
-def test_every_setting_has_a_row():
-    names = [spec.name for spec in dataclasses.fields(VLLMConfig)]
-    assert names == ["base_url", *sorted((row[0] for row in SETTINGS), key=names.index)]
-    assert len(names) == 1 + len(SETTINGS)
-
-
-@pytest.mark.parametrize(
-    ("key", "default"), [pytest.param(*row[:2], id=row[0]) for row in SETTINGS]
+row: Final = pytest.param
+whole_and_stream: Final = pytest.mark.parametrize(
+    "is_stream", [row(False, id="whole"), row(True, id="stream")]
 )
-@pytest.mark.parametrize("value", [None, "", "${NAME}"])
-def test_setting_not_given(key, default, value):
-    assert getattr(VLLMConfig(WEB, **{key: value}), key) == default == getattr(VLLMConfig(WEB), key)
-
-
-@pytest.mark.parametrize(
-    ("key", "text", "value"), [pytest.param(r[0], *r[2:4], id=r[0]) for r in SETTINGS]
+http_and_https: Final = pytest.mark.parametrize(
+    "tls", [row(False, id="http"), row(True, id="https")], indirect=True
 )
-def test_setting_given_as_a_string(key, text, value):
-    found = getattr(VLLMConfig(WEB, **{key: text}), key)
-    assert (found, type(found)) == (value, type(value))
-
-
-@pytest.mark.parametrize(
-    ("key", "bad", "words"), [pytest.param(r[0], *r[4:], id=r[0]) for r in SETTINGS if r[5]]
-)
-def test_bad_setting(key, bad, words):
-    error = caught(VLLMConfig, WEB, **{key: bad})
-    assert type(error) is ConfigurationError
-    assert str(error) == f"{key} {words}" + (repr(bad) if words.endswith("got ") else "")
-
-
-@pytest.mark.parametrize(
-    ("key", "value", "kept"),
-    [
-        pytest.param("timeout", 60, 60.0, id="a-whole-number-of-seconds"),
-        pytest.param("timeout", math.inf, math.inf, id="no-limit"),
-        pytest.param("timeout", " 60 ", 60.0, id="blanks-around-a-number"),
-        pytest.param("max_tokens", 100.0, 100, id="a-whole-float"),
-        pytest.param("max_tokens", "100.0", 100, id="a-whole-float-as-text"),
-        pytest.param("seed", "9007199254740993", 9007199254740993, id="a-number-no-float-holds"),
-        pytest.param("seed", 2**63 - 1, 2**63 - 1, id="the-largest-seed"),
-        pytest.param("use_completions", 0, False, id="zero-is-false"),
-        pytest.param("use_completions", " TRUE ", True, id="any-case-and-blanks"),
-        pytest.param("use_streaming", "no", False, id="yaml-no"),
-        pytest.param("raw", "on", True, id="yaml-on"),
-        pytest.param("stop", ("a", "b"), ["a", "b"], id="several-stops"),
-        pytest.param("stop", iter(["a"]), ["a"], id="an-iterator-is-read-once"),
-        pytest.param("stop", " ", " ", id="a-blank-can-stop"),
-        pytest.param("logprobs", True, True, id="true-stays-true"),
-        pytest.param("logprobs", "true", True, id="true-as-text"),
-        pytest.param("logprobs", "True", True, id="true-in-any-case-like-every-other-flag"),
-        pytest.param("logprobs", False, False, id="false-stays-false"),
-        pytest.param("logprobs", 0, 0, id="the-sampled-token-alone"),
-        pytest.param("logprobs", -1, -1, id="the-whole-vocabulary"),
-        pytest.param("temperature", 0, 0.0, id="zero-is-given"),
-        pytest.param("verify", 0, False, id="verify-as-a-number"),
-        pytest.param("verify", "TRUE", True, id="verify-in-any-case"),
-        pytest.param("verify", __file__, __file__, id="a-bundle"),
-        pytest.param("verify", pathlib.Path(__file__), __file__, id="a-bundle-as-a-path"),
-        pytest.param(
-            "default_headers",
-            {"X-Team": 7, "X-B": " b "},
-            {"X-Team": "7", "X-B": "b"},
-            id="header-values",
-        ),
-        pytest.param("api_key", "EMPTY", "EMPTY", id="the-key-vllm-documents-for-none"),
-    ],
-)
-def test_good_setting(key, value, kept):
-    found = getattr(VLLMConfig(WEB, **{key: value}), key)
-    assert (found, type(found)) == (kept, type(kept))
-
-
-@pytest.mark.parametrize(
-    ("key", "value", "words"),
-    [
-        pytest.param("timeout", True, "a positive number of seconds", id="true-is-no-number"),
-        pytest.param("timeout", -math.inf, "a positive number of seconds", id="minus-infinity"),
-        pytest.param("max_tokens", 10**400, "an integer of at least 0", id="too-large-for-a-float"),
-        pytest.param("max_tokens", True, "an integer of at least 0", id="true-is-no-count"),
-        pytest.param("temperature", math.nan, "a number", id="nan-is-not-json"),
-        pytest.param("temperature", math.inf, "a number", id="infinity-is-not-json"),
-        pytest.param("temperature", -math.inf, "a number", id="nor-is-minus-infinity"),
-        pytest.param("temperature", "-inf", "a number", id="nor-as-text"),
-        pytest.param("top_p", 1j, "a number", id="complex"),
-        pytest.param("seed", "inf", "an integer", id="infinity-is-not-whole"),
-        pytest.param("priority", None.__class__, "an integer", id="a-class"),
-        pytest.param("stop", b"END", "a string or a list of strings", id="bytes"),
-        pytest.param(
-            "stop", ["a", None], "a string or a list of strings", id="none-among-the-stops"
-        ),
-        pytest.param("use_completions", [], "true or false", id="a-list-is-no-flag"),
-        pytest.param(
-            "verify",
-            "maybe",
-            "true, false or the path of a CA bundle that exists",
-            id="neither-flag-nor-file",
-        ),
-    ],
-)
-def test_worse_setting(key, value, words):
-    assert str(caught(VLLMConfig, WEB, **{key: value})) == f"{key} must be {words}, got {value!r}"
-
-
-@pytest.mark.parametrize("given", [None, 60.0])
-def test_a_copy_keeps_an_explicit_idle_timeout(given):
-    client = VLLMClient(VLLMConfig(WEB, timeout=60, stream_idle_timeout=given), timeout=600)
-    assert (client.config.timeout, client.config.stream_idle_timeout) == (600.0, given)
-
-
-@pytest.mark.parametrize(
-    ("given", "environment", "found"),
-    [
-        pytest.param(
-            {}, {"VLLM_BASE_URL": f"{WEB}/v1"}, (WEB, "EMPTY"), id="base-url-from-the-environment"
-        ),
-        pytest.param(
-            {"base_url": ""}, {"VLLM_BASE_URL": WEB}, (WEB, "EMPTY"), id="empty-is-not-given"
-        ),
-        pytest.param(
-            {"base_url": "${VLLM_URL}"},
-            {"VLLM_BASE_URL": WEB},
-            (WEB, "EMPTY"),
-            id="unexpanded-is-not-given",
-        ),
-        pytest.param(
-            {"base_url": WEB},
-            {"VLLM_BASE_URL": "http://other"},
-            (WEB, "EMPTY"),
-            id="explicit-url-wins",
-        ),
-        pytest.param(
-            {"base_url": WEB}, {"VLLM_API_KEY": "k"}, (WEB, "k"), id="key-from-the-environment"
-        ),
-        pytest.param(
-            {"base_url": WEB, "api_key": "a"},
-            {"VLLM_API_KEY": "k"},
-            (WEB, "a"),
-            id="explicit-key-wins",
-        ),
-        pytest.param(
-            {"base_url": WEB, "api_key": "EMPTY"},
-            {"VLLM_API_KEY": "k"},
-            (WEB, "EMPTY"),
-            id="so-does-EMPTY",
-        ),
-        pytest.param(
-            {"base_url": WEB, "api_key": ""},
-            {"VLLM_API_KEY": "k"},
-            (WEB, "k"),
-            id="empty-key-is-not-given",
-        ),
-        pytest.param(
-            {"base_url": WEB, "api_key": "${K}"},
-            {"VLLM_API_KEY": "k"},
-            (WEB, "k"),
-            id="nor-an-unexpanded-one",
-        ),
-        pytest.param(
-            {"base_url": WEB}, {"VLLM_API_KEY": ""}, (WEB, "EMPTY"), id="an-empty-variable-is-none"
-        ),
-        pytest.param(
-            {"base_url": WEB},
-            {"VLLM_API_KEY": "${K}"},
-            (WEB, "EMPTY"),
-            id="an-unexpanded-variable-is-none",
-        ),
-        pytest.param(
-            {"base_url": WEB}, {"VLLM_TIMEOUT": "1"}, (WEB, "EMPTY"), id="no-other-variable-counts"
-        ),
-    ],
-)
-def test_environment(monkeypatch, given, environment, found):
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    config = VLLMConfig(**given)
-    assert (config.base_url, config.api_key, config.timeout) == (*found, 300.0)
-
-
-@pytest.mark.parametrize("value", [None, "", "${VLLM_BASE_URL}"])
-def test_base_url_is_required(value):
-    error = caught(VLLMConfig, value)
-    assert isinstance(error, ValueError)
-    assert str(error) == "No base_url found: set it or VLLM_BASE_URL, like http://localhost:8000"
-
-
-def test_bad_base_url_in_the_environment(monkeypatch):
-    monkeypatch.setenv("VLLM_BASE_URL", "localhost:8000")
-    words = "base_url must be a URL like http://localhost:8000, without query or fragment, got 'localhost:8000'"
-    assert str(caught(VLLMConfig)) == words
-
-
-@pytest.mark.parametrize(
-    ("url", "root"),
-    [
-        pytest.param("http://localhost:8000", "http://localhost:8000", id="plain"),
-        pytest.param("http://localhost:8000/", "http://localhost:8000", id="slash"),
-        pytest.param("http://localhost:8000/v1", "http://localhost:8000", id="v1"),
-        pytest.param("http://localhost:8000/v1/", "http://localhost:8000", id="v1-slash"),
-        pytest.param("http://localhost:8000//v1//", "http://localhost:8000", id="slashes"),
-        pytest.param("https://gpu.example", "https://gpu.example", id="default-port"),
-        pytest.param("https://gpu.example/openai/v1/", "https://gpu.example/openai", id="prefix"),
-        pytest.param(
-            "https://gpu.example/v1/models/llama",
-            "https://gpu.example/v1/models/llama",
-            id="v1-inside",
-        ),
-        pytest.param(
-            "https://gpu.example/myv1", "https://gpu.example/myv1", id="a-name-that-ends-in-v1"
-        ),
-        pytest.param("http://[::1]:8000/v1", "http://[::1]:8000", id="ipv6"),
-        pytest.param("  http://localhost:8000 \n", "http://localhost:8000", id="blanks-around"),
-        pytest.param(
-            "HTTPS://gpu.example", "https://gpu.example", id="scheme-in-capitals-is-the-same-scheme"
-        ),
-    ],
-)
-def test_good_base_url(url, root):
-    assert VLLMConfig(url).base_url == root
-
-
-@pytest.mark.parametrize(
-    "url",
-    [
-        pytest.param("localhost:8000", id="no-scheme"),
-        pytest.param("ftp://localhost", id="other-scheme"),
-        pytest.param("http://", id="no-host"),
-        pytest.param("http:///v1", id="path-only"),
-        pytest.param("http://:8000", id="port-only"),
-        pytest.param("http://localhost:0", id="port-zero"),
-        pytest.param("http://localhost:99999", id="port-too-large"),
-        pytest.param("http://localhost:port", id="port-in-words"),
-        pytest.param("http://[::1", id="half-a-bracket"),
-        pytest.param("http://local host", id="blank-inside"),
-        pytest.param("http://localhost\n/v1", id="line-break-inside"),
-        pytest.param("http://localhost/?", id="empty-query"),
-        pytest.param("http://localhost/#top", id="fragment"),
-        pytest.param("   ", id="only-blanks"),
-    ],
-)
-def test_bad_base_url(url):
-    shown = re.split("[?#]", url)[0]  # what follows may be a key
-    words = f"base_url must be a URL like http://localhost:8000, without query or fragment, got {shown!r}"
-    assert str(caught(VLLMConfig, url)) == words
-
-
-def test_base_url_that_is_no_string():
-    assert str(caught(VLLMConfig, 8000)) == "base_url must be a string, got 8000"
-
-
-@pytest.mark.parametrize(
-    "settings",
-    [
-        pytest.param({"base_url": f"http://user:{SECRET}@localhost"}, id="password-in-the-url"),
-        pytest.param({"base_url": f"http://user:{SECRET}@[::1"}, id="password-in-a-broken-url"),
-        pytest.param({"base_url": f"{SECRET}@localhost:8000"}, id="password-without-a-scheme"),
-        pytest.param({"base_url": f"http://localhost/?api_key={SECRET}"}, id="key-in-a-query"),
-        pytest.param({"api_key": f"{SECRET}\n"}, id="key-read-with-its-line-break"),
-        pytest.param({"api_key": f"“{SECRET}”"}, id="key-in-typographic-quotes"),
-        pytest.param({"api_key": [SECRET]}, id="key-in-a-list"),
-        pytest.param(
-            {"default_headers": {"X-Key": f"{SECRET}\r\nX: 1"}}, id="line-break-in-a-header"
-        ),
-        pytest.param({"default_headers": {"X-Key": f"{SECRET}é"}}, id="letter-no-header-can-hold"),
-        pytest.param({"default_headers": f"X-Key: {SECRET}"}, id="headers-as-text"),
-        pytest.param({"default_headers": [("X-Key", SECRET)]}, id="headers-as-pairs"),
-        pytest.param({"default_headers": {"X Key": SECRET}}, id="bad-header-name"),
-        pytest.param({"api_key": SECRET, "timeout": "soon"}, id="another-key-is-wrong"),
-        pytest.param({"api_key": SECRET, 5: "five"}, id="a-key-that-is-no-string"),
-        pytest.param([("api_key", SECRET)], id="pairs-in-place-of-the-mapping"),
-        pytest.param({"default_headers": {"X-Key": SECRET}, None: 1}, id="none-as-a-key"),
-    ],
-)
-def test_no_error_tells_a_secret(settings):
-    mapping = {"base_url": WEB, **settings} if isinstance(settings, dict) else settings
-    error = caught(VLLMConfig.from_mapping, mapping)
-    assert type(error) is ConfigurationError
-    assert SECRET not in told(error)
-
-
-@pytest.mark.parametrize(
-    ("key", "value", "words"),
-    [
-        pytest.param(
-            "base_url",
-            f"http://user:{SECRET}@localhost",
-            "base_url must not hold a user name or password; a key goes under api_key",
-            id="user-info",
-        ),
-        pytest.param(
-            "api_key",
-            "sk-1\n",
-            "api_key must be printable ASCII; is a line break or a typographic character in it?",
-            id="key",
-        ),
-        pytest.param(
-            "default_headers",
-            {"X-Key": "“1”"},
-            "default_headers['X-Key'] must be printable ASCII; is a line break or a typographic character in it?",
-            id="header-value",
-        ),
-        pytest.param(
-            "default_headers",
-            {"X: Key": "1"},
-            "default_headers must have HTTP header names as keys, got 'X: Key'",
-            id="header-name",
-        ),
-        pytest.param(
-            "default_headers",
-            {7: "1"},
-            "default_headers must have strings as keys, got 7",
-            id="header-number",
-        ),
-        pytest.param(
-            "default_headers",
-            {"": "1"},
-            "default_headers must have HTTP header names as keys, got ''",
-            id="no-name",
-        ),
-        pytest.param(
-            "default_headers",
-            ["X"],
-            "default_headers must be a mapping, got a list",
-            id="headers-as-list",
-        ),
-        pytest.param(
-            "extra_body",
-            {1: SECRET},
-            "extra_body must have strings as keys, got 1",
-            id="a-number-as-key",
-        ),
-        pytest.param(
-            "extra_body", [("a", SECRET)], "extra_body must be a mapping, got a list", id="pairs"
-        ),
-    ],
-)
-def test_words_about_a_secret_setting(key, value, words):
-    assert str(caught(VLLMConfig, **{"base_url": WEB, key: value})) == words
-
-
-def test_repr_shows_what_differs_from_the_defaults_and_no_secret():
-    config = VLLMConfig(
-        f"{WEB}/v1",
-        api_key=SECRET,
-        temperature=0,
-        default_headers={"X-Key": SECRET},
-        timeout=5,
-        use_completions=False,
-    )
-    assert repr(config) == (
-        "VLLMConfig(base_url='http://vllm.test', use_completions=False, api_key='***', temperature=0.0, timeout=5.0,"
-        " default_headers={'X-Key': '***'})"
-    )
-    assert repr(VLLMConfig(WEB)) == "VLLMConfig(base_url='http://vllm.test')"
-    assert SECRET not in f"{config} {VLLMClient(config)!r} {[config]}"
-
-
-def test_a_configuration_is_frozen_comparable_and_pickled():
-    config = VLLMConfig(
-        WEB,
-        api_key=SECRET,
-        extra_body={"top_k": 1},
-        stop=["a"],
-        timeout="5",
-        default_headers={"X": 1},
-    )
-    assert pickle.loads(pickle.dumps(config)) == config == copy.deepcopy(config)
-    assert pickle.loads(pickle.dumps(config)).api_key == SECRET
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        config.timeout = 3
-    with pytest.raises(TypeError):
-        VLLMConfig(WEB, "parrot")  # every other setting has a name
-
-
-def test_a_configuration_neither_changes_nor_follows_what_it_was_made_of():
-    extra, stop, headers = {"top_k": 1}, ["a"], {"X": "1"}
-    config = VLLMConfig(WEB, extra_body=extra, stop=stop, default_headers=headers)
-    extra["top_k"], headers["X"] = 2, "2"
-    stop.append("b")
-    assert (config.extra_body, config.stop, config.default_headers) == (
-        {"top_k": 1},
-        ["a"],
-        {"X": "1"},
-    )
-
-
-def test_configurations_do_not_share_a_default():
-    first, second = VLLMConfig(WEB), VLLMConfig(WEB)
-    assert first.extra_body is not second.extra_body
-    assert first.default_headers is not second.default_headers
-
-
-@pytest.mark.parametrize(
-    ("key", "suggestion"),
-    [
-        pytest.param("timeot", "; did you mean 'timeout'?", id="misspelled"),
-        pytest.param("model", "; did you mean 'default_model'?", id="part-of-a-name"),
-        pytest.param("url", "; did you mean 'base_url'?", id="the-end-of-a-name"),
-        pytest.param("max_token", "; did you mean 'max_tokens'?", id="singular"),
-        pytest.param("headers", "; did you mean 'default_headers'?", id="shorter"),
-        pytest.param("connect_time_out", "; did you mean 'connect_timeout'?", id="written-apart"),
-        pytest.param("zzzz", "", id="like-nothing"),
-        *(
-            pytest.param(
-                name, "; it is a parameter of vLLM's: put it under extra_body", id=f"vllm-{name}"
-            )
-            for name in (
-                "top_k min_p repetition_penalty presence_penalty frequency_penalty stop_token_ids bad_words ignore_eos"
-                " min_tokens skip_special_tokens logit_bias allowed_token_ids prompt_logprobs return_token_ids n echo"
-                " response_format structured_outputs chat_template_kwargs tool_choice vllm_xargs cache_salt user"
-                " thinking_token_budget repetition_detection logprob_token_ids session_id kv_transfer_params"
-                " watermarking return_prompt_text media_io_kwargs prompt_embeds"
-            ).split()
-        ),
-    ],
-)
-def test_unknown_setting_is_one_warning(caplog, key, suggestion):
-    config = VLLMConfig.from_mapping({"base_url": WEB, key: SECRET})
-    assert config == VLLMConfig(WEB)
-    assert caplog.record_tuples == [
-        ("vllm_provider", logging.WARNING, f"unknown setting {key!r} is ignored{suggestion}")
-    ]
-
-
-def test_each_unknown_setting_is_a_warning_of_its_own(caplog):
-    VLLMConfig.from_mapping({"top_k": 1, "timeot": 2, "base_url": WEB, "timeout": "9"})
-    assert [record.args[0] for record in caplog.records] == ["top_k", "timeot"]
-
-
-def test_from_mapping_takes_every_key_and_leaves_the_mapping_alone(caplog):
-    mapping = {"base_url": WEB} | {key: text for key, _, text, *_ in SETTINGS if text is not None}
-    before = dict(mapping)
-    config = VLLMConfig.from_mapping(mapping)
-    assert {key: getattr(config, key) for key, _, text, *_ in SETTINGS if text is not None} == {
-        key: value for key, _, text, value, *_ in SETTINGS if text is not None
-    }
-    assert (mapping, caplog.records) == (before, [])
-
-
-def test_extra_request_params_is_another_name_for_extra_body(caplog):
-    config = VLLMConfig.from_mapping({"base_url": WEB, "extra_request_params": {"top_k": 1}})
-    assert (config.extra_body, caplog.records) == ({"top_k": 1}, [])
-
-
-def test_a_setting_that_does_not_exist_is_a_type_error_in_python():
-    with pytest.raises(TypeError):
-        VLLMConfig(WEB, timeot=3)
-
-
-def test_neither_log_nor_error_of_a_call_tells_a_secret(web, caplog):
-    caplog.set_level(logging.DEBUG)
-    web.post(COMPLETIONS_URL, status=401, json={"error": "Unauthorized"})
-    client = web_client(api_key=SECRET, default_headers={"X-Key": f"{SECRET}2"})
-    error = caught(client.complete, "Once")
-    headers = web.calls[0].request.headers
-    assert (headers["Authorization"], headers["X-Key"]) == (f"Bearer {SECRET}", f"{SECRET}2")
-    assert SECRET not in told(error) + caplog.text
-
-
-@pytest.mark.parametrize("key", [None, "", "EMPTY"])
-def test_no_key_is_no_header(web, key):
-    web.post(COMPLETIONS_URL, json={"choices": [{"text": "a"}]})
-    web_client(api_key=key).complete("Once")
-    assert "Authorization" not in web.calls[0].request.headers
-
-
-# ---- Requests ---------------------------------------------------------------
-
-COMPLETION_BODY: Final = {"model": "m", "prompt": "Once", "max_tokens": 1024}
-CHAT_BODY: Final = {"model": "m", "messages": [{"role": "user", "content": "Once"}]}
-BUILDERS: Final = [
-    pytest.param(build_completion_request, COMPLETION_BODY, id="completions"),
-    pytest.param(build_chat_request, CHAT_BODY, id="chat"),
-]
-
-
-def model_config(**settings):
-    return VLLMConfig(WEB, **{"default_model": "m", **settings})
-
-
-@pytest.mark.parametrize(("build", "body"), BUILDERS)
-@pytest.mark.parametrize(
-    ("settings", "params", "added"),
-    [
-        pytest.param({}, {}, {}, id="nothing-is-invented"),
-        pytest.param(
-            {},
-            {"temperature": 0, "seed": 0, "top_p": 0.0},
-            {"temperature": 0, "seed": 0, "top_p": 0.0},
-            id="0",
-        ),
-        pytest.param(
-            {},
-            {"echo": False, "ignore_eos": True},
-            {"echo": False, "ignore_eos": True},
-            id="false-is-sent",
-        ),
-        pytest.param(
-            {}, {"stop": "", "suffix": ""}, {"stop": "", "suffix": ""}, id="an-empty-string-is-sent"
-        ),
-        pytest.param(
-            {}, {"stop": [], "tools": []}, {"stop": [], "tools": []}, id="an-empty-list-is-sent"
-        ),
-        pytest.param(
-            {}, {"temperature": None, "n": None, "top_k": None}, {}, id="none-is-not-given"
-        ),
-        pytest.param({}, {"stream": None}, {}, id="not-even-for-stream"),
-        pytest.param(
-            {},
-            {"response_format": {"a": None}},
-            {"response_format": {"a": None}},
-            id="none-inside-is-kept",
-        ),
-        pytest.param(
-            {},
-            {"top_k": 3, "min_p": 0.1, "new": [1]},
-            {"top_k": 3, "min_p": 0.1, "new": [1]},
-            id="as-given",
-        ),
-        pytest.param(
-            {}, {"n": "2", "temperature": -5}, {"n": "2", "temperature": -5}, id="the-server-judges"
-        ),
-        pytest.param(
-            {},
-            {"logit_bias": {7: -1.5}},
-            {"logit_bias": {7: -1.5}},
-            id="json-makes-keys-of-numbers",
-        ),
-        pytest.param({}, {"model": "other"}, {"model": "other"}, id="another-model"),
-        pytest.param({}, {"model": None}, {}, id="none-leaves-the-configured-model"),
-        pytest.param({}, {"max_tokens": 5}, {"max_tokens": 5}, id="max-tokens"),
-        pytest.param({}, {"max_tokens": 0}, {"max_tokens": 0}, id="max-tokens-0"),
-        pytest.param({"max_tokens": 7}, {}, {"max_tokens": 7}, id="configured-max-tokens"),
-        pytest.param({"max_tokens": 0}, {}, {"max_tokens": 0}, id="configured-max-tokens-0"),
-        pytest.param(
-            {"max_tokens": 7},
-            {"max_tokens": None},
-            {"max_tokens": 7},
-            id="none-leaves-what-is-configured",
-        ),
-        pytest.param(
-            {},
-            {"stream_options": {"x": 1}},
-            {"stream_options": {"x": 1}},
-            id="without-a-stream-as-given",
-        ),
-        pytest.param(
-            {"temperature": 0, "top_p": 0.5, "seed": 1, "stop": ["a"], "reasoning_effort": "low"},
-            {},
-            {"temperature": 0.0, "top_p": 0.5, "seed": 1, "stop": ["a"], "reasoning_effort": "low"},
-            id="settings-are-sent",
-        ),
-        pytest.param(
-            {"temperature": 1, "seed": 1},
-            {"temperature": 0},
-            {"temperature": 0, "seed": 1},
-            id="a-call-wins",
-        ),
-        pytest.param(
-            {"priority": 5, "use_completions": False, "raw": True},
-            {},
-            {},
-            id="our-own-settings-are-not-sent",
-        ),
-        pytest.param({}, {"priority": 5}, {"priority": 5}, id="vllms-priority"),
-        pytest.param({"extra_body": {"top_k": 1}}, {}, {"top_k": 1}, id="extra-body"),
-        pytest.param(
-            {"extra_body": {"top_k": 1}}, {"top_k": 2}, {"top_k": 1}, id="extra-body-is-merged-last"
-        ),
-        pytest.param(
-            {"extra_body": {"temperature": 0}, "temperature": 1},
-            {},
-            {"temperature": 0},
-            id="over-settings",
-        ),
-        pytest.param(
-            {"extra_body": {"model": "other"}}, {}, {"model": "other"}, id="over-the-model"
-        ),
-        pytest.param(
-            {}, {"extra_body": {"top_k": 2}, "top_k": 3}, {"top_k": 2}, id="a-calls-own-extra-body"
-        ),
-        pytest.param(
-            {"extra_body": {"top_k": 1, "n": 2}},
-            {"extra_body": {"top_k": 2}},
-            {"top_k": 2, "n": 2},
-            id="a-calls-over-the-configured-one",
-        ),
-        pytest.param({}, {"extra_body": None}, {}, id="no-extra-body"),
-        pytest.param({}, {"extra_body": {}}, {}, id="empty-extra-body"),
-        pytest.param(
-            {},
-            {"timeout": 5, "stream_idle_timeout": 6, "deadline": 7},
-            {},
-            id="limits-belong-to-the-call",
-        ),
-        pytest.param(
-            {},
-            {"user": "Zoë 🌸\u2028\x00"},
-            {"user": "Zoë 🌸\u2028\x00"},
-            id="any-text-that-is-unicode",
-        ),
-    ],
-)
-def test_request_body(build, body, settings, params, added):
-    built = build(model_config(**settings), "Once", **params)
-    assert built == body | added
-    assert json.loads(json.dumps(built, allow_nan=False)).keys() == built.keys()
-
-
-@pytest.mark.parametrize(
-    ("settings", "params", "completions", "chat"),
-    [
-        pytest.param({}, {}, {}, {}, id="not-given"),
-        pytest.param(
-            {}, {"logprobs": 2}, {"logprobs": 2}, {"logprobs": True, "top_logprobs": 2}, id="n"
-        ),
-        pytest.param(
-            {}, {"logprobs": 0}, {"logprobs": 0}, {"logprobs": True, "top_logprobs": 0}, id="0"
-        ),
-        pytest.param(
-            {}, {"logprobs": 1}, {"logprobs": 1}, {"logprobs": True, "top_logprobs": 1}, id="1"
-        ),
-        pytest.param(
-            {},
-            {"logprobs": -1},
-            {"logprobs": -1},
-            {"logprobs": True, "top_logprobs": -1},
-            id="-1-passes",
-        ),
-        pytest.param({}, {"logprobs": True}, {"logprobs": 1}, {"logprobs": True}, id="true"),
-        pytest.param({}, {"logprobs": False}, {}, {}, id="false-would-switch-completions-on"),
-        pytest.param({}, {"logprobs": None}, {}, {}, id="none"),
-        pytest.param(
-            {},
-            {"logprobs": True, "top_logprobs": 3},
-            {"logprobs": 1, "top_logprobs": 3},
-            {"logprobs": True, "top_logprobs": 3},
-            id="as-chat-spells-it",
-        ),
-        pytest.param(
-            {"logprobs": 2},
-            {},
-            {"logprobs": 2},
-            {"logprobs": True, "top_logprobs": 2},
-            id="configured",
-        ),
-        pytest.param(
-            {"logprobs": "true"}, {}, {"logprobs": 1}, {"logprobs": True}, id="configured-true"
-        ),
-        pytest.param({"logprobs": False}, {}, {}, {}, id="configured-false"),
-        pytest.param({"logprobs": 2}, {"logprobs": False}, {}, {}, id="switched-off-for-one-call"),
-        pytest.param(
-            {"logprobs": 2},
-            {"logprobs": 0},
-            {"logprobs": 0},
-            {"logprobs": True, "top_logprobs": 0},
-            id="0-wins",
-        ),
-        pytest.param(
-            {"extra_body": {"logprobs": 4}},
-            {},
-            {"logprobs": 4},
-            {"logprobs": True, "top_logprobs": 4},
-            id="extra-body",
-        ),
-    ],
-)
-def test_logprobs_mean_the_same_on_both_endpoints(settings, params, completions, chat):
-    config = model_config(**settings)
-    built = build_completion_request(config, "Once", **params)
-    assert (built, [type(built.get("logprobs"))]) == (
-        COMPLETION_BODY | completions,
-        [type(completions.get("logprobs"))],
-    )
-    built = build_chat_request(config, "Once", **params)
-    assert (built, [type(built.get("logprobs"))]) == (
-        CHAT_BODY | chat,
-        [type(chat.get("logprobs"))],
-    )
-
-
-@pytest.mark.parametrize(
-    "prompt",
-    [
-        "",
-        "Once",
-        ["a", "b"],
-        [1, 2, 3],
-        [[1, 2], [3]],
-        [],
-        pytest.param(None, id="none-for-prompt-embeds"),
-    ],
-)
-def test_a_prompt_is_sent_as_typed(prompt):
-    built = build_completion_request(VLLMConfig(WEB), prompt)
-    assert built == {"max_tokens": 1024} | ({} if prompt is None else {"prompt": prompt})
-
-
-@pytest.mark.parametrize(
-    ("messages", "sent"),
-    [
-        pytest.param("Hi", [{"role": "user", "content": "Hi"}], id="one-str-is-a-user-message"),
-        pytest.param("", [{"role": "user", "content": ""}], id="an-empty-one-too"),
-        pytest.param([], [], id="none-at-all"),
-        pytest.param([{"role": "tool", "x": [1]}], [{"role": "tool", "x": [1]}], id="as-given"),
-        pytest.param(({"role": "user"},), [{"role": "user"}], id="a-tuple"),
-    ],
-)
-def test_messages(messages, sent):
-    assert build_chat_request(VLLMConfig(WEB), messages) == {"messages": sent}
-
-
-@pytest.mark.parametrize(
-    "messages",
-    [
-        pytest.param(None, id="none"),
-        pytest.param({"role": "user", "content": "Hi"}, id="one-dict"),
-        pytest.param(["Hi"], id="strings"),
-        pytest.param([[{"role": "user", "content": "Hi"}]], id="a-batch"),
-        pytest.param([{"role": "user"}, None], id="none-among-them"),
-        pytest.param(b"Hi", id="bytes"),
-        pytest.param(7, id="a-number"),
-        pytest.param([1, 2], id="token-ids"),
-    ],
-)
-def test_messages_that_are_none(messages):
-    error = caught(build_chat_request, VLLMConfig(WEB), messages)
-    assert type(error) is ConfigurationError
-    assert (
-        str(error)
-        == "messages must be a string or a list of dicts like {'role': 'user', 'content': '…'}"
-    )
-
-
-LOOP: Final[list[Any]] = []
-LOOP.append(LOOP)
-
-
-@pytest.mark.parametrize(("build", "body"), BUILDERS)
-@pytest.mark.parametrize(
-    ("settings", "params", "words"),
-    [
-        *(
-            pytest.param(
-                settings,
-                params,
-                "stream is not a parameter here; stream_complete() and stream_chat() stream",
-                id=i,
-            )
-            for i, settings, params in (
-                ("stream", {}, {"stream": True}),
-                ("stream-false", {}, {"stream": False}),
-                ("stream-in-extra-body", {}, {"extra_body": {"stream": True}}),
-                ("stream-in-the-configuration", {"extra_body": {"stream": True}}, {}),
-            )
-        ),
-        pytest.param(
-            {}, {"extra_body": "top_k=1"}, "extra_body must be a mapping, got a str", id="text"
-        ),
-        pytest.param(
-            {}, {"extra_body": {1: 2}}, "extra_body must have strings as keys, got 1", id="key"
-        ),
-        pytest.param({}, {"temperature": math.nan}, "Out of range float values", id="nan"),
-        pytest.param({}, {"temperature": math.inf}, "Out of range float values", id="inf"),
-        pytest.param({}, {"logit_bias": {"1": -math.inf}}, "Out of range float", id="inf-inside"),
-        pytest.param({"extra_body": {"x": math.nan}}, {}, "Out of range float", id="nan-config"),
-        pytest.param(
-            {},
-            {"user": "\ud83c"},
-            "the request holds a lone surrogate, which UTF-8 has no",
-            id="surrogate",
-        ),
-        pytest.param(
-            {},
-            {"x": {"\udfff": 1}},
-            "the request holds a lone surrogate, which UTF-8 has no",
-            id="in-a-key",
-        ),
-        pytest.param({}, {"x": b"raw"}, "Object of type bytes is not JSON", id="bytes"),
-        pytest.param({}, {"x": {1, 2}}, "Object of type set is not JSON", id="set"),
-        pytest.param({}, {"x": object()}, "Object of type object is not JSON", id="object"),
-        pytest.param({}, {"x": {(1, 2): 3}}, "keys must be str, int, float,", id="tuple-as-key"),
-        pytest.param({}, {"x": LOOP}, "Circular reference detected", id="circle"),
-    ],
-)
-def test_what_is_not_json_is_not_sent(web, build, body, settings, params, words):
-    error = caught(build, model_config(**settings), "Once", **params)
-    assert type(error) is ConfigurationError
-    assert words in str(error)
-    client = web_client(**settings)
-    call = client.complete if build is build_completion_request else client.chat
-    assert words in str(caught(call, "Once", **params))
-    assert len(web.calls) == 0
-
-
-@pytest.mark.parametrize("text", ["\ud83c", f"{SECRET}\ud800"])
-@pytest.mark.parametrize(("build", "body"), BUILDERS)
-def test_an_error_never_quotes_a_prompt(build, body, text):
-    assert text not in str(error := caught(build, VLLMConfig(WEB), text))
-    assert SECRET not in "".join(traceback.format_exception(error))
-
-
-@pytest.mark.parametrize("build", [build_completion_request, build_chat_request])
-def test_arguments_are_never_changed(build):
-    config = model_config(extra_body={"a": {"b": [1]}}, stop=["x"], logprobs=2)
-    source = (
-        [{"role": "user", "content": [{"type": "text", "text": "Hi"}]}]
-        if build is build_chat_request
-        else ["a"]
-    )
-    params = {
-        "stop": ["y"],
-        "extra_body": {"c": {"d": 1}},
-        "stream_options": {"e": 1},
-        "logprobs": True,
-    }
-    before = copy.deepcopy((config, source, params))
-    body = build(config, source, **params)
-    body["stop"] = body["new"] = None
-    body["prompt" if "prompt" in body else "messages"] += source
-    assert (config, source if build is build_chat_request else ["a"], params) == before
-
-
-@pytest.mark.parametrize("method", ["stream_complete", "stream_chat"])
-@pytest.mark.parametrize(
-    ("params", "options"),
-    [
-        pytest.param({}, {"include_usage": True}, id="usage-is-asked-for"),
-        pytest.param(
-            {"stream_options": {"include_usage": False}},
-            {"include_usage": False},
-            id="unless-refused",
-        ),
-        pytest.param(
-            {"stream_options": {"continuous_usage_stats": True}},
-            {"include_usage": True, "continuous_usage_stats": True},
-            id="more-is-merged-over-it",
-        ),
-        pytest.param(
-            {"extra_body": {"stream_options": {"a": 1}}},
-            {"include_usage": True, "a": 1},
-            id="in-extra-body",
-        ),
-    ],
-)
-def test_a_stream_asks_for_its_usage(web, method, params, options):
-    web.post(re.compile(".*"), body=DONE, content_type="text/event-stream")
-    given = copy.deepcopy(params)
-    with pytest.raises(StreamError):  # it says nothing
-        list(getattr(web_client(), method)("Once", **params))
-    (body,) = sent_bodies(web)
-    assert (body["stream"], body["stream_options"]) == (True, options)
-    assert params == given
-
-
-@pytest.mark.parametrize("method", ["stream_complete", "stream_chat"])
-@pytest.mark.parametrize("options", ["usage", 5, [1], True])
-def test_stream_options_that_nothing_can_be_merged_into(web, method, options):
-    error = caught(lambda: list(getattr(web_client(), method)("Once", stream_options=options)))
-    assert (type(error), len(web.calls)) == (ConfigurationError, 0)
-
-
-@pytest.mark.parametrize("method", ["complete", "chat", "stream_complete", "stream_chat"])
-def test_limits_of_a_call_are_not_sent(web, method):
-    web.post(re.compile(".*"), json={"choices": [{"text": "a"}]})
-    call = getattr(web_client(), method)("Once", timeout=5, stream_idle_timeout=6, deadline=7)
-    assert isinstance(call, Completion) or [delta.text for delta in call] == ["a"]
-    assert not {"timeout", "stream_idle_timeout", "deadline"} & sent_bodies(web)[0].keys()
-
-
-@pytest.mark.parametrize("name", ["timeout", "stream_idle_timeout", "deadline"])
-@pytest.mark.parametrize("value", [0, -1, "soon", math.nan, True])
-def test_bad_limit_of_a_call(web, name, value):
-    error = caught(lambda: list(web_client().stream_chat("Once", **{name: value})))
-    assert (type(error), str(error)) == (
-        ConfigurationError,
-        f"{name} must be a positive number of seconds, got {value!r}",
-    )
-
-
-def test_text_goes_out_as_utf8(web):
-    web.post(CHAT_URL, json={"choices": [{"message": {"content": "a"}}]})
-    web_client().chat("こんにちは 🌸\u2028")
-    assert "こんにちは 🌸\u2028".encode() in web.calls[0].request.body
-    assert web.calls[0].request.headers["Content-Type"] == "application/json"
-
-
-# ---- Replies: captures ------------------------------------------------------
-
-PARIS: Final = '{"city": "Paris"}'
-ROME: Final = '{"city": "Rome"}'
-WEATHER_CUT: Final = '\n\n<tool_call>\n{"name": "get_weather", "'
-COUNT_TO_6: Final = " there was a small model that could count: 1 2 3 4 5 6"
-HARMONY_HELLO: Final = (
-    "<|channel|>analysis<|message|>Two plus two equals four.<|end|><|start|>assistant"
-    "<|channel|>final<|message|>2 + 2 = 4"
-)
-HARMONY_CALL_TEXT: Final = (
-    "<|channel|>analysis<|message|>I need the tool.<|end|><|start|>assistant"
-    '<|channel|>commentary to=functions.get_weather <|constrain|>json<|message|>{"city":"Paris"}'
-)
-
-
-def payload_of(version, choices, usage, **fields):
-    """Return a whole reply as `version` sends it, its nulls included; `choices` as dicts without theirs."""
-    is_chat = "message" in choices[0]
-    nulls = {"service_tier": None, "system_fingerprint": None, "kv_transfer_params": None}
-    prompt = {"prompt_logprobs": None, "prompt_token_ids": None}
-    usual = {
-        "index": 0,
-        "logprobs": None,
-        "finish_reason": "stop",
-        "stop_reason": None,
-        "token_ids": None,
-    }
-    message = {
-        "role": "assistant",
-        "content": None,
-        "refusal": None,
-        "annotations": None,
-        "audio": None,
-    }
-    message |= {"function_call": None, "tool_calls": []}
-    if version == "0.32.0":
-        nulls |= {
-            "system_fingerprint": "vllm-0.32.0-359db4ba",
-            "ec_transfer_params": None,
-            "metrics": None,
-        }
-        usual |= {"routed_experts": None}
-        del message["tool_calls"]
-    choices = [usual | (prompt if not is_chat else {}) | choice for choice in choices]
-    choices = [one | ({"message": message | one["message"]} if is_chat else {}) for one in choices]
-    counts = {
-        "prompt_tokens": usage[0],
-        "total_tokens": sum(usage[:2]),
-        "completion_tokens": usage[1],
-    }
-    counts["prompt_tokens_details"] = None
-    if len(usage) > 2:
-        counts["prompt_tokens_details"] = {"cached_tokens": usage[2], "created_cache_tokens": 0}
-        counts["completion_tokens_details"] = (
-            None if usage[3] is None else {"reasoning_tokens": usage[3]}
-        )
-    head = {
-        "id": "chatcmpl-1ba7" if is_chat else "cmpl-4be1",
-        "created": 1795330566,
-        "model": "parrot",
-    }
-    head["object"] = "chat.completion" if is_chat else "text_completion"
-    return {
-        **head,
-        "choices": choices,
-        **nulls,
-        **(prompt if is_chat else {}),
-        "usage": counts,
-        **fields,
-    }
-
-
-def usage_of(prompt, output, cached=None, reasoning=None):
-    return Usage(prompt, output, prompt + output, cached, reasoning)
-
-
-def token(text, logprob, top=(), raw=False, **more):
-    return TokenLogprob(text, logprob, text.encode() if raw else None, top=tuple(top), **more)
-
-
-def entry(text, logprob, *top):
-    return {
-        "token": text,
-        "logprob": logprob,
-        "bytes": list(text.encode()),
-        "top_logprobs": [entry2(*t) for t in top],
-    }
-
-
-def entry2(text, logprob):
-    return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
-
-
-def wire_call(call_id, arguments):
-    return {
-        "id": call_id,
-        "type": "function",
-        "function": {"name": "get_weather", "arguments": arguments},
-    }
-
-
-def weather(call_id, arguments):
-    return ToolCall(call_id, "get_weather", arguments)
-
-
-ECHOED: Final = {
-    "text_offset": [0, 3, 11, 14, 21, 24, 30, 31],
-    "token_logprobs": [
-        None,
-        -8.606485366821289,
-        -14.0050048828125,
-        -0.00027,
-        -0.00026,
-        -0.00031,
-        -0.00018,
-        -0.00019,
-    ],
-    "tokens": ["The", " capital", " of", " France", " is", " Paris", ".", "<|im_end|>"],
-    "top_logprobs": [
-        None,
-        {" capital": -8.606485366821289, " is": -0.4424225389957428},
-        {" of": -14.0050048828125, " France": -0.0010991015005856752},
-        {" France": -0.00027},
-        {" is": -0.00026},
-        {" Paris": -0.00031},
-        {".": -0.00018},
-        {"<|im_end|>": -0.00019},
-    ],
-}
-ECHOED_PROMPT: Final = [
-    None,
-    {
-        "643": {"logprob": -8.606485366821289, "rank": 195, "decoded_token": " capital"},
-        "298": {"logprob": -0.4424225389957428, "rank": 1, "decoded_token": " is"},
-    },
-    {
-        "590": {"logprob": -14.0050048828125, "rank": 425, "decoded_token": " of"},
-        "637": {"logprob": -0.0010991015005856752, "rank": 1, "decoded_token": " France"},
-    },
-    {"637": {"logprob": -0.00027, "rank": 1, "decoded_token": " France"}},
-    {"298": {"logprob": -0.00026, "rank": 1, "decoded_token": " is"}},
-]
-ECHOED_TOKENS: Final = (
-    token("The", None),
-    token(
-        " capital",
-        -8.606485366821289,
-        [token(" is", -0.4424225389957428), token(" capital", -8.606485366821289)],
-    ),
-    token(
-        " of",
-        -14.0050048828125,
-        [token(" France", -0.0010991015005856752), token(" of", -14.0050048828125)],
-    ),
-    *(
-        token(text, logprob, [token(text, logprob)])
-        for text, logprob in zip(ECHOED["tokens"][3:], ECHOED["token_logprobs"][3:], strict=True)
-    ),
-)
-
-
-def ranked(text, logprob, token_id, rank, *top):
-    return TokenLogprob(text, logprob, None, token_id, rank, top)
-
-
-CAPITAL: Final = ranked(" capital", -8.606485366821289, 643, 195)
-IS: Final = ranked(" is", -0.4424225389957428, 298, 1)
-OF: Final = ranked(" of", -14.0050048828125, 590, 425)
-FRANCE: Final = ranked(" France", -0.0010991015005856752, 637, 1)
-ECHOED_PROMPT_TOKENS: Final = (
-    None,
-    changed(CAPITAL, top=(IS, CAPITAL)),
-    changed(OF, top=(FRANCE, OF)),
-    ranked(" France", -0.00027, 637, 1, ranked(" France", -0.00027, 637, 1)),
-    ranked(" is", -0.00026, 298, 1, ranked(" is", -0.00026, 298, 1)),
-)
-TWO_ALTERNATIVES: Final = {
-    "text_offset": [0, 6, 7],
-    "token_logprobs": [-0.0003195490571670234, -0.00018618757894728333, -0.0001971527235582471],
-    "tokens": [" Paris", ".", "<|im_end|>"],
-    "top_logprobs": [
-        {" Paris": -0.0003195490571670234, " 3": -11.719069480895996},
-        {".": -0.00018618757894728333, "<|im_end|>": -11.7814359664917},
-        {"<|im_end|>": -0.0001971527235582471, ".": -11.531447410583496},
-    ],
-}
-TWO_ALTERNATIVES_TOKENS: Final = tuple(
-    token(text, logprob, [token(other, value) for other, value in top.items()])
-    for text, logprob, top in zip(
-        TWO_ALTERNATIVES["tokens"],
-        TWO_ALTERNATIVES["token_logprobs"],
-        TWO_ALTERNATIVES["top_logprobs"],
-        strict=True,
-    )
-)
-CHAT_LOGPROBS: Final = {
-    "content": [
-        entry(
-            "<think>",
-            -0.00021050144277978688,
-            ("<think>", -0.00021050144277978688),
-            ("<tool_call>", -11.95),
-        ),
-        entry(
-            "世",
-            -0.00019608005823101848,
-            ("世", -0.00019608005823101848),
-            (".", -11.67207145690918),
-        ),
-    ]
-}
-CHAT_LOGPROBS_TOKENS: Final = (
-    token(
-        "<think>",
-        -0.00021050144277978688,
-        [
-            token("<think>", -0.00021050144277978688, raw=True),
-            token("<tool_call>", -11.95, raw=True),
-        ],
-        raw=True,
-    ),
-    token(
-        "世",
-        -0.00019608005823101848,
-        [token("世", -0.00019608005823101848, raw=True), token(".", -11.67207145690918, raw=True)],
-        raw=True,
-    ),
-)
-
-# the version, its choices, its usage; what they become
-COMPLETION_CAPTURES: Final = [
-    pytest.param(
-        "0.11.0",
-        [{"text": " Paris."}],
-        (5, 3),
-        [Choice(text=" Paris.", finish_reason="stop")],
-        id="0.11",
-    ),
-    pytest.param(
-        "0.32.0",
-        [{"text": " Paris."}],
-        (5, 3, 0, None),
-        [Choice(text=" Paris.", finish_reason="stop")],
-        id="0.32",
-    ),
-    pytest.param(
-        "0.11.0",
-        [{"text": COUNT_TO_6, "stop_reason": " 7"}],
-        (4, 16),
-        [Choice(text=COUNT_TO_6, finish_reason="stop", stop_reason=" 7")],
-        id="0.11-a-stop-string-matched",
-    ),
-    pytest.param(
-        "0.32.0",
-        [{"text": " Paris.", "stop_reason": 199999}],
-        (5, 3, None, None),
-        [Choice(text=" Paris.", finish_reason="stop", stop_reason=199999)],
-        id="gpt-oss-a-stop-token-matched",
-    ),
-    pytest.param(
-        "0.32.0",
-        [{"text": HARMONY_CALL_TEXT, "stop_reason": 200012}],
-        (123, 29, None, None),
-        [Choice(text=HARMONY_CALL_TEXT, finish_reason="stop", stop_reason=200012)],
-        id="gpt-oss-markup-is-text-in-a-prompt-as-typed",
-    ),
-    pytest.param(
-        "0.11.0",
-        [
-            {"index": index, "text": text}
-            for index, text in enumerate((" Paris.", " Paris.", " 4", " 4"))
-        ],
-        (11, 10),
-        [
-            Choice(index, text, finish_reason="stop")
-            for index, text in enumerate((" Paris.", " Paris.", " 4", " 4"))
-        ],
-        id="0.11-two-prompts-two-answers-each",
-    ),
-    pytest.param(
-        "0.32.0",
-        [
-            {"index": index, "text": text}
-            for index, text in ((3, " 4"), (1, " Paris."), (0, " Paris"), (2, " four"))
-        ],
-        (11, 10, 0, None),
-        [
-            Choice(i, t, finish_reason="stop")
-            for i, t in enumerate((" Paris", " Paris.", " four", " 4"))
-        ],
-        id="0.32-choices-are-put-in-order",
-    ),
-    pytest.param(
-        "0.11.0",
-        [{"text": " Paris.", "logprobs": TWO_ALTERNATIVES}],
-        (5, 3),
-        [Choice(text=" Paris.", logprobs=TWO_ALTERNATIVES_TOKENS, finish_reason="stop")],
-        id="0.11-logprobs",
-    ),
-    pytest.param(
-        "0.32.0",
-        [
-            {
-                "text": "The capital of France is Paris.",
-                "logprobs": ECHOED,
-                "prompt_logprobs": ECHOED_PROMPT,
-            }
-        ],
-        (5, 3, 0, None),
-        [
-            Choice(
-                text="The capital of France is Paris.",
-                logprobs=ECHOED_TOKENS,
-                finish_reason="stop",
-                prompt_logprobs=ECHOED_PROMPT_TOKENS,
-            )
-        ],
-        id="0.32-echo-with-the-prompts-logprobs",
-    ),
-    pytest.param(
-        "0.32.0",
-        [
-            {
-                "text": " Paris.",
-                "logprobs": TWO_ALTERNATIVES,
-                "token_ids": [639, 13, 2],
-                "prompt_token_ids": [366, 643],
-                "prompt_logprobs": ECHOED_PROMPT[:2],
-            }
-        ],
-        (2, 3, 0, None),
-        [
-            Choice(
-                text=" Paris.",
-                logprobs=tuple(
-                    changed(one, token_id=i)
-                    for one, i in zip(TWO_ALTERNATIVES_TOKENS, (639, 13, 2), strict=True)
-                ),
-                token_ids=(639, 13, 2),
-                finish_reason="stop",
-                prompt_logprobs=ECHOED_PROMPT_TOKENS[:2],
-                prompt_token_ids=(366, 643),
-            )
-        ],
-        id="0.32-token-ids-name-the-tokens",
-    ),
-]
-CHAT_CAPTURES: Final = [
-    pytest.param(
-        "0.11.0",
-        [
-            {
-                "message": {
-                    "content": "\n\n2 + 2 = 4",
-                    "reasoning_content": "\nTwo plus two equals four.\n",
-                }
-            }
-        ],
-        (14, 18),
-        [
-            Choice(
-                text="\n\n2 + 2 = 4",
-                reasoning="\nTwo plus two equals four.\n",
-                finish_reason="stop",
-            )
-        ],
-        id="0.11-reasoning-content",
-    ),
-    pytest.param(
-        "0.32.0",
-        [{"message": {"content": "\n\n2 + 2 = 4", "reasoning": "\nTwo plus two equals four.\n"}}],
-        (14, 18, 0, 8),
-        [
-            Choice(
-                text="\n\n2 + 2 = 4",
-                reasoning="\nTwo plus two equals four.\n",
-                finish_reason="stop",
-            )
-        ],
-        id="0.32-reasoning",
-    ),
-    pytest.param(
-        "0.11.0",
-        [{"message": {"content": "4", "reasoning": "Sum.", "reasoning_content": "Sum."}}],
-        (14, 18),
-        [Choice(text="4", reasoning="Sum.", finish_reason="stop")],
-        id="0.12-to-0.15-both-names-hold-the-same",
-    ),
-    pytest.param(
-        "0.11.0",
-        [
-            {
-                "message": {
-                    "content": "\n\n",
-                    "reasoning_content": "\nTwo calls.\n",
-                    "tool_calls": [
-                        wire_call("chatcmpl-tool-74d5", PARIS),
-                        wire_call("chatcmpl-tool-8945", ROME),
-                    ],
-                },
-                "finish_reason": "tool_calls",
-            }
-        ],
-        (30, 53),
-        [
-            Choice(
-                text="\n\n",
-                reasoning="\nTwo calls.\n",
-                tool_calls=(
-                    weather("chatcmpl-tool-74d5", PARIS),
-                    weather("chatcmpl-tool-8945", ROME),
-                ),
-                finish_reason="tool_calls",
-            )
-        ],
-        id="0.11-two-calls",
-    ),
-    pytest.param(
-        "0.32.0",
-        [
-            {
-                "message": {
-                    "reasoning": "\nTwo calls.\n",
-                    "tool_calls": [
-                        wire_call("chatcmpl-tool-8c6d", PARIS),
-                        wire_call("chatcmpl-tool-ba05", ROME),
-                    ],
-                },
-                "finish_reason": "tool_calls",
-            }
-        ],
-        (30, 53, 0, 5),
-        [
-            Choice(
-                reasoning="\nTwo calls.\n",
-                tool_calls=(
-                    weather("chatcmpl-tool-8c6d", PARIS),
-                    weather("chatcmpl-tool-ba05", ROME),
-                ),
-                finish_reason="tool_calls",
-            )
-        ],
-        id="0.32-two-calls-and-content-null",
-    ),
-    pytest.param(
-        "0.32.0",
-        [
-            {
-                "message": {
-                    "content": "",
-                    "reasoning": "\nI need it.\n",
-                    "tool_calls": [wire_call("call-a1ff", PARIS)],
-                }
-            }
-        ],
-        (28, 31, 0, 7),
-        [
-            Choice(
-                reasoning="\nI need it.\n",
-                tool_calls=(weather("call-a1ff", PARIS),),
-                finish_reason="stop",
-            )
-        ],
-        id="0.32-a-named-tool-finishes-with-stop",
-    ),
-    pytest.param(
-        "0.32.0",
-        [
-            {
-                "message": {"content": WEATHER_CUT, "reasoning": "\nI need the tool.\n"},
-                "finish_reason": "length",
-            }
-        ],
-        (28, 22, 0, 7),
-        [Choice(text=WEATHER_CUT, reasoning="\nI need the tool.\n", finish_reason="length")],
-        id="0.32-a-call-that-was-cut-stays-text",
-    ),
-    pytest.param(
-        "0.32.0",
-        [
-            {
-                "message": {
-                    "reasoning": "Broken.",
-                    "tool_calls": [wire_call("chatcmpl-tool-8e50", '{"city": "Par')],
-                },
-                "finish_reason": "tool_calls",
-                "stop_reason": 200012,
-            }
-        ],
-        (121, 26, None, 7),
-        [
-            Choice(
-                reasoning="Broken.",
-                tool_calls=(weather("chatcmpl-tool-8e50", '{"city": "Par'),),
-                finish_reason="tool_calls",
-                stop_reason=200012,
-            )
-        ],
-        id="gpt-oss-a-broken-call-is-kept-as-written",
-    ),
-    pytest.param(
-        "0.32.0",
-        [{"message": {"reasoning": "I need the tool."}, "stop_reason": 200012}],
-        (123, 29, None, 10),
-        [Choice(reasoning="I need the tool.", finish_reason="stop", stop_reason=200012)],
-        id="gpt-oss-a-call-dropped-without-a-tool-parser",
-    ),
-    pytest.param(
-        "0.11.0",
-        [
-            {
-                "message": {"content": "Hello!", "reasoning_content": "\nA greeting.\n"},
-                "logprobs": CHAT_LOGPROBS,
-            }
-        ],
-        (9, 19),
-        [
-            Choice(
-                text="Hello!",
-                reasoning="\nA greeting.\n",
-                logprobs=CHAT_LOGPROBS_TOKENS,
-                finish_reason="stop",
-            )
-        ],
-        id="0.11-logprobs-cover-the-markup",
-    ),
-    pytest.param(
-        "0.32.0",
-        [
-            {"message": {"content": "a"}, "logprobs": CHAT_LOGPROBS, "token_ids": [649, 7]},
-            {"index": 1, "message": {}},
-        ],
-        (9, 19, 0, None),
-        [
-            Choice(
-                text="a",
-                logprobs=tuple(
-                    changed(one, token_id=i)
-                    for one, i in zip(CHAT_LOGPROBS_TOKENS, (649, 7), strict=True)
-                ),
-                token_ids=(649, 7),
-                finish_reason="stop",
-            ),
-            Choice(1, finish_reason="stop"),
-        ],
-        id="0.32-two-choices-one-of-them-empty",
-    ),
-]
-
-
-@pytest.mark.parametrize(("version", "choices", "usage", "expected"), COMPLETION_CAPTURES)
-def test_captured_completion(version, choices, usage, expected):
-    payload = payload_of(version, choices, usage)
-    before = copy.deepcopy(payload)
-    reply = parse_completion_response(payload)
-    assert reply == Completion(
-        "cmpl-4be1",
-        model="parrot",
-        choices=tuple(expected),
-        usage=usage_of(*usage),
-        payload=payload,
-    )
-    assert payload == before
-
-
-@pytest.mark.parametrize(("version", "choices", "usage", "expected"), CHAT_CAPTURES)
-def test_captured_chat(version, choices, usage, expected):
-    payload = payload_of(version, choices, usage)
-    reply = parse_chat_response(payload)
-    assert reply == Completion(
-        "chatcmpl-1ba7",
-        model="parrot",
-        choices=tuple(expected),
-        usage=usage_of(*usage),
-        payload=payload,
-    )
-    first = reply.choices[0]
-    found = (reply.text, reply.reasoning, reply.tool_calls, reply.finish_reason, reply.logprobs)
-    assert found == (
-        first.text,
-        first.reasoning,
-        first.tool_calls,
-        first.finish_reason,
-        first.logprobs,
-    )
-
-
-def test_chat_tells_of_the_prompt_at_the_top():
-    told_of = {"prompt_logprobs": ECHOED_PROMPT, "prompt_token_ids": [1, 643, 590, 637, 298]}
-    payload = payload_of(
-        "0.32.0", [{"message": {"content": "a"}}, {"index": 1, "message": {}}], (5, 1), **told_of
-    )
-    for choice in parse_chat_response(payload).choices:
-        assert choice.prompt_logprobs == ECHOED_PROMPT_TOKENS
-        assert choice.prompt_token_ids == (1, 643, 590, 637, 298)
-
-
-def test_the_prompts_own_token_is_the_one_its_id_names():
-    entries = [
-        {
-            "298": {"logprob": -0.4, "rank": 1, "decoded_token": " is"},
-            "643": {"logprob": -8.6, "rank": 195},
-        }
-    ]
-    choice = {"text": "a", "prompt_logprobs": entries, "prompt_token_ids": [643]}
-    (own,) = parse_completion_response({"choices": [choice]}).choices[0].prompt_logprobs
-    assert (own.token_id, own.token, own.logprob, own.rank) == (643, "", -8.6, 195)
-    assert [other.token_id for other in own.top] == [298, 643]
-
-
-def test_alternatives_in_a_prompt_are_likeliest_first_without_a_rank_too():
-    entries = [
-        {
-            str(i): {"logprob": p, "rank": None, "decoded_token": "x"}
-            for i, p in ((1, -9.0), (2, -9999.0), (3, -1.0))
-        }
-    ]
-    (own,) = (
-        parse_completion_response({"choices": [{"text": "a", "prompt_logprobs": entries}]})
-        .choices[0]
-        .prompt_logprobs
-    )
-    assert [(other.token_id, other.logprob) for other in own.top] == [
-        (3, -1.0),
-        (1, -9.0),
-        (2, -math.inf),
-    ]
-
-
-@pytest.mark.parametrize(
-    ("payload", "text"),
-    [
-        pytest.param({"choices": [{"text": "a"}]}, "a", id="a-gateway-drops-all-else"),
-        pytest.param({"choices": [{"text": None, "index": None}]}, "", id="nulls"),
-        pytest.param({"error": None, "choices": [{"text": "a"}]}, "a", id="error-null-is-no-error"),
-        pytest.param({"choices": [{"text": "a"}], "usage": {}}, "a", id="empty-usage"),
-        pytest.param(
-            {"choices": [{"text": "a", "new": {"x": 1}}], "other": 1}, "a", id="fields-yet-unknown"
-        ),
-        pytest.param({"id": None, "model": None, "choices": [{"text": "a"}]}, "a", id="no-name"),
-    ],
-)
-def test_a_reply_with_little_in_it(payload, text):
-    expected = Completion(choices=(Choice(text=text),), payload=payload)
-    assert parse_completion_response(payload) == expected
-    chat = payload | {
-        "choices": [{"message": {"content": one.get("text")}} for one in payload["choices"]]
-    }
-    assert parse_chat_response(chat) == changed(expected, payload=chat)
-
-
-def test_usage_without_its_total():
-    payload = {"choices": [{"text": "a"}], "usage": {"prompt_tokens": 5, "completion_tokens": 3}}
-    assert parse_completion_response(payload).usage == Usage(5, 3, 8)
-
-
-@pytest.mark.parametrize("parse", [parse_completion_response, parse_chat_response])
-@pytest.mark.parametrize(
-    "payload",
-    [
-        pytest.param(None, id="null"),
-        pytest.param([], id="a-list"),
-        pytest.param("ok", id="a-string"),
-        pytest.param({}, id="nothing"),
-        pytest.param({"choices": []}, id="no-choices"),
-        pytest.param({"choices": None}, id="choices-null"),
-        pytest.param({"id": "x", "object": "text_completion"}, id="no-choices-at-all"),
-        pytest.param({"detail": "Not Found"}, id="only-a-detail"),
-        pytest.param({"choices": 5}, id="choices-are-a-number"),
-        pytest.param({"choices": ["a"]}, id="a-choice-is-text"),
-        pytest.param({"choices": [None]}, id="a-choice-is-null"),
-        pytest.param({"choices": [{"text": 5}]}, id="text-is-a-number"),
-        pytest.param(
-            {"choices": [{"message": {"content": [{"type": "text"}]}}]}, id="content-in-parts"
-        ),
-        pytest.param({"choices": [{"text": "a", "index": [1]}]}, id="index-is-a-list"),
-        pytest.param(
-            {"choices": [{"text": "a", "index": "x"}, {"text": "b"}]}, id="an-index-is-text"
-        ),
-        pytest.param({"choices": [{"text": "a"}], "usage": [1]}, id="usage-is-a-list"),
-        pytest.param(
-            {"choices": [{"text": "a", "logprobs": {"tokens": ["a"]}}]}, id="lists-are-missing"
-        ),
-        pytest.param(
-            {"choices": [{"text": "a", "logprobs": {"tokens": ["a"], "token_logprobs": []}}]},
-            id="too-short",
-        ),
-        pytest.param(
-            {"choices": [{"text": "a", "logprobs": {"content": [{"logprob": 1}]}}]},
-            id="token-is-missing",
-        ),
-        pytest.param(
-            {"choices": [{"message": {"tool_calls": ["get_weather"]}}]}, id="a-call-is-text"
-        ),
-        pytest.param(
-            {"choices": [{"message": {"tool_calls": [{"function": {"arguments": [1]}}]}}]},
-            id="arguments",
-        ),
-        pytest.param(
-            {"choices": [{"text": "a", "prompt_logprobs": [{"x": {"logprob": -1}}]}]},
-            id="id-is-no-number",
-        ),
-        pytest.param(
-            {"choices": [{"text": "a", "prompt_logprobs": [{"1": {}}]}]},
-            id="a-prompts-logprob-is-missing",
-        ),
-        pytest.param(
-            {
-                "choices": [
-                    {
-                        "text": "a",
-                        "prompt_logprobs": [None, {"1": {"logprob": -1}}],
-                        "prompt_token_ids": [1],
-                    }
-                ]
-            },
-            id="more-logprobs-than-ids",
-        ),
-    ],
-)
-def test_not_what_vllm_sends(parse, payload):
-    with pytest.raises(ProtocolError):
-        parse(payload)
-
-
-# ---- Replies: values --------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("sent", "logprob", "probability"),
-    [
-        pytest.param(-0.5, -0.5, math.exp(-0.5), id="a-number"),
-        pytest.param(0, 0, 1.0, id="certain"),
-        pytest.param(-9999.0, -math.inf, 0.0, id="the-servers-minus-infinity"),
-        pytest.param(-9998.0, -9998.0, 0.0, id="just-above-it"),
-        pytest.param(-math.inf, -math.inf, 0.0, id="minus-infinity-itself"),
-        pytest.param(None, None, None, id="null-for-the-first-of-an-echo"),
-        pytest.param(math.nan, None, None, id="nan"),
-    ],
-)
-def test_logprob(sent, logprob, probability):
-    listed = {"tokens": ["a"], "token_logprobs": [sent], "top_logprobs": [{"a": sent}]}
-    completion = parse_completion_response({"choices": [{"text": "a", "logprobs": listed}]})
-    content = [
-        {
-            "token": "a",
-            "logprob": sent,
-            "bytes": None,
-            "top_logprobs": [{"token": "a", "logprob": sent}],
-        }
-    ]
-    chat = parse_chat_response(
-        {"choices": [{"message": {"content": "a"}, "logprobs": {"content": content}}]}
-    )
-    one = TokenLogprob("a", logprob)
-    for reply in (completion, chat):
-        assert reply.logprobs == (changed(one, top=(one,)),)
-        assert (reply.logprobs[0].probability, reply.logprobs[0].top[0].probability) == (
-            probability,
-            probability,
-        )
-
-
-@pytest.mark.parametrize(
-    "logprobs",
-    [
-        pytest.param(None, id="null"),
-        pytest.param({"content": None}, id="content-null"),
-        pytest.param({"content": []}, id="content-empty"),
-        pytest.param(
-            {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []},
-            id="lists-empty",
-        ),
-    ],
-)
-def test_no_logprobs(logprobs):
-    assert (
-        parse_completion_response({"choices": [{"text": "a", "logprobs": logprobs}]}).logprobs == ()
-    )
-
-
-@pytest.mark.parametrize("top", [None, [None], [{}]])
-def test_logprobs_without_alternatives(top):
-    logprobs = {"tokens": ["a"], "token_logprobs": [-1.0], "top_logprobs": top}
-    assert parse_completion_response(
-        {"choices": [{"text": "a", "logprobs": logprobs}]}
-    ).logprobs == (token("a", -1.0),)
-
-
-def test_a_token_that_is_spelled_as_its_id():
-    logprobs = {
-        "tokens": ["token_id:639"],
-        "token_logprobs": [-1.0],
-        "top_logprobs": [{"token_id:639": -1.0}],
-    }
-    (one,) = parse_completion_response({"choices": [{"text": "a", "logprobs": logprobs}]}).logprobs
-    assert (one.token, one.token_id, one.top[0].token_id) == ("token_id:639", 639, 639)
-
-
-def test_a_token_that_only_begins_like_an_id():
-    content = [{"token": "token_id:x", "logprob": -1.0}]
-    reply = parse_chat_response(
-        {"choices": [{"message": {"content": "a"}, "logprobs": {"content": content}}]}
-    )
-    assert reply.logprobs == (TokenLogprob("token_id:x", -1.0),)
-
-
-@pytest.mark.parametrize("ids", [None, [], [1, 2]])
-def test_ids_that_do_not_belong_to_the_tokens_are_not_theirs(ids):
-    logprobs = {"tokens": ["a"], "token_logprobs": [-1.0], "top_logprobs": None}
-    reply = parse_completion_response(
-        {"choices": [{"text": "a", "logprobs": logprobs, "token_ids": ids}]}
-    )
-    assert (reply.logprobs[0].token_id, reply.choices[0].token_ids) == (None, tuple(ids or ()))
-
-
-MANY: Final = {" b": -2.0, " a": -0.5, " d": -9999.0, " c": -3.0}
-LIKELIEST: Final = [(" a", -0.5), (" b", -2.0), (" c", -3.0), (" d", -math.inf)]
-
-
-@pytest.mark.parametrize(
-    ("params", "count"),
-    [
-        pytest.param({"logprobs": 3}, 3, id="at-most-n-where-the-server-adds-the-sampled-one"),
-        pytest.param({"logprobs": 1}, 1, id="1"),
-        pytest.param({"logprobs": 0}, 0, id="0-is-the-sampled-token-alone"),
-        pytest.param({"logprobs": -1}, 4, id="all"),
-        pytest.param({"logprobs": 20}, 4, id="no-more-than-there-are"),
-    ],
-)
-@pytest.mark.parametrize("is_chat", [False, True], ids=["completions", "chat"])
-def test_alternatives_are_likeliest_first_and_at_most_n(web, is_chat, params, count):
-    listed = {"tokens": [" d"], "token_logprobs": [-9999.0], "top_logprobs": [MANY]}
-    content = [
-        {
-            "token": " d",
-            "logprob": -9999.0,
-            "top_logprobs": [{"token": t, "logprob": p} for t, p in MANY.items()],
-        }
-    ]
-    choice = {"message": {"content": " d"}, "logprobs": {"content": content}}
-    web.post(
-        re.compile(".*"),
-        json={"choices": [choice if is_chat else {"text": " d", "logprobs": listed}]},
-    )
-    client = web_client()
-    reply = (client.chat if is_chat else client.complete)("Once", **params)
-    assert [(other.token, other.logprob) for other in reply.logprobs[0].top] == LIKELIEST[:count]
-    assert (reply.logprobs[0].token, reply.logprobs[0].logprob) == (" d", -math.inf)
-
-
-def test_a_pure_parser_shows_every_alternative():
-    listed = {"tokens": [" d"], "token_logprobs": [-9999.0], "top_logprobs": [MANY]}
-    (one,) = parse_completion_response({"choices": [{"text": " d", "logprobs": listed}]}).logprobs
-    assert [(other.token, other.logprob) for other in one.top] == LIKELIEST
-
-
-def test_alternatives_in_a_prompt_are_at_most_n(web):
-    choice = {"text": "a", "prompt_logprobs": ECHOED_PROMPT}
-    web.post(COMPLETIONS_URL, json={"choices": [choice]})
-    told_of = web_client().complete("Once", prompt_logprobs=1).choices[0].prompt_logprobs
-    assert [[other.token for other in one.top] for one in told_of[1:]] == [
-        [" is"],
-        [" France"],
-        [" France"],
-        [" is"],
-    ]
-    assert [one.token for one in told_of[1:]] == [" capital", " of", " France", " is"]
-
-
-@pytest.mark.parametrize(
-    ("arguments", "value"),
-    [
-        pytest.param(PARIS, {"city": "Paris"}, id="as-usual"),
-        pytest.param("{}", {}, id="empty"),
-        pytest.param(ROME + "\n", {"city": "Rome"}, id="0.11-streams-a-line-break-after-it"),
-        pytest.param('{"a": {"b": [1, null]}}', {"a": {"b": [1, None]}}, id="nested"),
-    ],
-)
-def test_good_arguments(arguments, value):
-    assert weather("call_1", arguments).parsed() == value
-
-
-@pytest.mark.parametrize(
-    ("arguments", "quoted"),
-    [
-        pytest.param("", "''", id="none"),
-        pytest.param('{"city": "Par', '\'{"city": "Par\'', id="cut"),
-        pytest.param("[1]", "'[1]'", id="a-list"),
-        pytest.param("null", "'null'", id="null"),
-        pytest.param('"Paris"', "'\"Paris\"'", id="a-string"),
-        pytest.param('{"a": 1} {"b": 2}', '\'{"a": 1} {"b": 2}\'', id="two-objects"),
-        pytest.param("city: Paris", "'city: Paris'", id="yaml"),
-        pytest.param('{"a": NaN}', "'{\"a\": NaN}'", id="nan-is-not-json"),
-        pytest.param("[" * 100_000, repr("[" * 200 + "…"), id="nested-beyond-reason"),
-        pytest.param('{"a": "' + "x" * 500, repr('{"a": "' + "x" * 193 + "…"), id="long"),
-    ],
-)
-def test_bad_arguments(arguments, quoted):
-    error = caught(weather("call_1", arguments).parsed)
-    assert type(error) is InvalidToolCallError
-    assert str(error) == (
-        f"the model called 'get_weather' with arguments that are not a JSON object: {quoted}; was it cut by max_tokens?"
-    )
-    assert (error.tool_name, error.raw_arguments, error.retryable) == (
-        "get_weather",
-        arguments,
-        False,
-    )
-
-
-@pytest.mark.parametrize(
-    ("function", "arguments"),
-    [
-        pytest.param(
-            {"name": "f", "arguments": {"a": 1}}, '{"a": 1}', id="an-object-in-place-of-text"
-        ),
-        pytest.param({"name": "f", "arguments": {}}, "{}", id="an-empty-object"),
-        pytest.param({"name": "f", "arguments": None}, "", id="null"),
-        pytest.param({"name": "f"}, "", id="missing"),
-    ],
-)
-def test_arguments_of_a_gateway(function, arguments):
-    one = {"function": function}
-    found = parse_chat_response({"choices": [{"message": {"tool_calls": [one, one]}}]}).tool_calls
-    assert found == (ToolCall("", "f", arguments),) * 2  # without id and index, by their places
-
-
-@pytest.mark.parametrize(
-    ("choice", "message"),
-    [
-        pytest.param(Choice(text="Hi"), {"role": "assistant", "content": "Hi"}, id="text"),
-        pytest.param(Choice(), {"role": "assistant", "content": ""}, id="content-is-never-null"),
-        pytest.param(
-            Choice(text="4", reasoning="Sum."),
-            {"role": "assistant", "content": "4", "reasoning": "Sum."},
-            id="reasoning",
-        ),
-        pytest.param(
-            Choice(tool_calls=(weather("call_1", '{"ci'), weather("call_2", ROME))),
-            {
-                "role": "assistant",
-                "content": "",
-                "tool_calls": [wire_call("call_1", '{"ci'), wire_call("call_2", ROME)],
-            },
-            id="calls-as-the-model-wrote-them",
-        ),
-    ],
-)
-def test_message_for_the_next_turn(choice, message):
-    assert Completion(choices=(choice, Choice(1, "other"))).to_message() == message
-    assert build_chat_request(VLLMConfig(WEB), [message]) == {"messages": [message]}
-
-
-def test_a_completion_without_choices():
-    reply = Completion()
-    assert (reply.text, reply.reasoning, reply.tool_calls, reply.finish_reason, reply.logprobs) == (
-        "",
-        "",
-        (),
-        None,
-        (),
-    )
-    assert reply.to_message() == {"role": "assistant", "content": ""}
-
-
-@pytest.mark.parametrize(
-    "value",
-    [
-        pytest.param(ECHOED_TOKENS[1], id="TokenLogprob"),
-        pytest.param(weather("call_1", PARIS), id="ToolCall"),
-        pytest.param(Usage(1, 2, 3), id="Usage"),
-        pytest.param(Delta(1, "a", token_ids=(5,)), id="Delta"),
-        pytest.param(Choice(1, "a", logprobs=ECHOED_TOKENS), id="Choice"),
-        pytest.param(
-            Completion("id", choices=(Choice(text="a"),), payload={"x": 1}), id="Completion"
-        ),
-        pytest.param(ModelCard("parrot", 2048), id="ModelCard"),
-    ],
-)
-def test_values_are_frozen_and_pickled(value):
-    assert pickle.loads(pickle.dumps(value)) == value
-    names = (
-        value._fields
-        if isinstance(value, tuple)
-        else [spec.name for spec in dataclasses.fields(value)]
-    )
-    for name in names:
-        with pytest.raises(AttributeError):
-            setattr(value, name, None)
-
-
-# ---- Replies: errors in place of one ----------------------------------------
-
-
-@pytest.mark.parametrize("parse", [parse_completion_response, parse_chat_response])
-@pytest.mark.parametrize(
-    ("payload", "kind", "status", "words", "server_words"),
-    [
-        pytest.param(
-            {"error": {"message": "bad", "type": "BadRequestError", "param": None, "code": 400}},
-            InvalidRequestError,
-            400,
-            "400 'bad': in the reply",
-            "bad",
-            id="nested-since-0.10.1",
-        ),
-        pytest.param(
-            {
-                "object": "error",
-                "message": "bad",
-                "type": "BadRequestError",
-                "param": None,
-                "code": 400,
-            },
-            InvalidRequestError,
-            400,
-            "400 'bad': in the reply",
-            "bad",
-            id="flat-in-0.10.0",
-        ),
-        pytest.param(
-            {
-                "error": {
-                    "object": "error",
-                    "message": "bad",
-                    "type": "x",
-                    "param": None,
-                    "code": 422,
-                }
-            },
-            InvalidRequestError,
-            422,
-            "422 'bad': in the reply",
-            "bad",
-            id="flat-within-error-in-a-stream-of-0.10.0",
-        ),
-        pytest.param(
-            {"error": {"error": {"message": "bad", "code": 404}}},
-            NotFoundError,
-            404,
-            "404 'bad': in the reply; is base_url the server's root, and is it vLLM? (curl BASE_URL/v1/models)",
-            "bad",
-            id="doubly-nested-by-a-gateway",
-        ),
-        pytest.param(
-            {"error": "The model is currently scaling."},
-            ProviderUnavailableError,
-            500,
-            "500 'The model is currently scaling.': in the reply",
-            "The model is currently scaling.",
-            id="a-string",
-        ),
-        pytest.param(
-            {"error": {"message": "", "type": "InternalServerError", "code": 500}},
-            ProviderUnavailableError,
-            500,
-            "500 (no message): in the reply",
-            "",
-            id="EngineGenerateError-has-no-message",
-        ),
-        pytest.param(
-            {
-                "error": {
-                    "message": "EngineCore encountered an issue. See stack trace (above).",
-                    "code": 400,
-                }
-            },
-            ProviderUnavailableError,
-            500,
-            "500 'EngineCore encountered an issue. See stack trace (above).': in the reply;"
-            " the engine has died: look at the server's log and start it again",
-            "EngineCore encountered an issue. See stack trace (above).",
-            id="up-to-0.14-even-a-dead-engine-is-400",
-        ),
-        pytest.param(
-            {"error": {"message": "no", "code": "model_not_found"}},
-            ProviderUnavailableError,
-            500,
-            "500 'no': in the reply",
-            "no",
-            id="a-code-in-words",
-        ),
-        pytest.param(
-            {"error": {"message": "not implemented", "code": 501}},
-            ProviderUnavailableError,
-            501,
-            "501 'not implemented': in the reply",
-            "not implemented",
-            id="a-model-without-this-endpoint",
-        ),
-        pytest.param(
-            {"id": "x", "choices": [{"text": "a"}], "error": {"message": "late", "code": 500}},
-            ProviderUnavailableError,
-            500,
-            "500 'late': in the reply",
-            "late",
-            id="beside-choices",
-        ),
-    ],
-)
-def test_error_in_a_reply_with_status_200(web, parse, payload, kind, status, words, server_words):
-    error = caught(parse, payload)
-    assert (type(error), error.status_code, str(error), error.server_message) == (
-        kind,
-        status,
-        words,
-        server_words,
-    )
-    is_chat = parse is parse_chat_response
-    web.post(CHAT_URL if is_chat else COMPLETIONS_URL, json=payload)
-    if status == 404:
-        web.get(MODELS_URL, json={"data": []})
-    error = caught(web_client().chat if is_chat else web_client().complete, "Once")
-    where = f"POST {CHAT_URL if is_chat else COMPLETIONS_URL}"
-    assert (type(error), error.status_code, str(error)) == (
-        kind,
-        status,
-        words.replace("in the reply", where),
-    )
-
-
-def test_overflow_in_a_reply_with_status_200():
-    error = caught(parse_chat_response, error_032(OVERFLOW_032))
-    assert (type(error), error.limit, error.input_tokens) == (ContextLengthError, 2048, 2049)
-    assert (
-        str(error)
-        == "the prompt does not fit: at least 2049 tokens for a context of 2048: in the reply; shorten it"
-    )
-
-
-# ---- Replies: captured streams ----------------------------------------------
-
-
-def events_of(version, parts, usage):
-    """Return a stream's bytes: `parts` are deltas of chat, or choices of completions, each with its nulls left out."""
-    is_chat = not any("text" in part for part in parts)
-    head = {
-        "id": "chatcmpl-7b19" if is_chat else "cmpl-6851",
-        "created": 1795330566,
-        "model": "parrot",
-    }
-    head["object"] = "chat.completion.chunk" if is_chat else "text_completion"
-    chunks = []
-    for number, part in enumerate(parts):
-        ends = {
-            name: part[name]
-            for name in ("finish_reason", "stop_reason", "logprobs", "token_ids")
-            if name in part
-        }
-        choice = {
-            "index": part.get("index", 0),
-            "logprobs": None,
-            "finish_reason": None,
-            "token_ids": None,
-        }
-        rest = {name: value for name, value in part.items() if name not in ends and name != "index"}
-        choice |= (
-            {"delta": rest} if is_chat else {"stop_reason": None, "prompt_token_ids": None, **rest}
-        )
-        first = {"prompt_token_ids": None} if is_chat and number == 0 else {}
-        old = {"usage": None} if version == "0.11.0" and not is_chat else {}
-        chunks.append({**head, "choices": [choice | ends], **first, **old})
-    counts = {
-        "prompt_tokens": usage[0],
-        "total_tokens": sum(usage[:2]),
-        "completion_tokens": usage[1],
-    }
-    if len(usage) > 2:
-        counts["prompt_tokens_details"] = {"cached_tokens": usage[2], "created_cache_tokens": 0}
-        counts |= (
-            {"completion_tokens_details": {"reasoning_tokens": usage[3]}}
-            if usage[3] is not None
-            else {}
-        )
-    chunks.append({**head, "choices": [], "usage": counts})
-    texts = [json.dumps(chunk, ensure_ascii=False, separators=(",", ":")) for chunk in chunks]
-    return "".join(f"data: {text}\n\n" for text in texts) + DONE
-
-
-ROLE: Final = {"role": "assistant", "content": ""}
-
-
-def call_part(index, *, call_id=None, arguments=None, **more):
-    """Return a delta of 0.32 with a piece of a tool call."""
-    function = ({"name": "get_weather"} if call_id else {}) | (
-        {} if arguments is None else {"arguments": arguments}
-    )
-    head = {"id": call_id, "type": "function"} if call_id else {}
-    return {"content": None, "tool_calls": [{**head, "index": index, "function": function}], **more}
-
-
-def call_delta(call_id, arguments, **more):
-    return Delta(tool_calls=(weather(call_id, arguments),), **more)
-
-
-CAPTURED_STREAMS: Final = [
-    pytest.param(
-        "0.11.0",
-        [
-            ROLE,
-            *({"reasoning_content": text} for text in ("\n", "Two", " plus", "\n")),
-            *({"content": text} for text in ("\n", "\n", "2", " +")),
-            {"content": "", "finish_reason": "stop", "stop_reason": None},
-        ],
-        (14, 18),
-        [
-            *(Delta(reasoning=text) for text in ("\n", "Two", " plus", "\n")),
-            *(Delta(text=text) for text in ("\n", "\n", "2", " +")),
-            Delta(finish_reason="stop"),
-        ],
-        Choice(text="\n\n2 +", reasoning="\nTwo plus\n", finish_reason="stop"),
-        id="0.11-chat",
-    ),
-    pytest.param(
-        "0.32.0",
-        [
-            ROLE,
-            *({"reasoning": text} for text in ("\n", "Use", "\n")),
-            *({"content": text} for text in ("\n", "こんにちは", " 🌸🚀", "a\u2028b\x85c")),
-            {"finish_reason": "stop", "stop_reason": None},
-        ],
-        (13, 14, 0, 5),
-        [
-            *(Delta(reasoning=text) for text in ("\n", "Use", "\n")),
-            *(Delta(text=text) for text in ("\n", "こんにちは", " 🌸🚀", "a\u2028b\x85c")),
-            Delta(finish_reason="stop"),
-        ],
-        Choice(text="\nこんにちは 🌸🚀a\u2028b\x85c", reasoning="\nUse\n", finish_reason="stop"),
-        id="0.32-chat-beyond-ascii",
-    ),
-    pytest.param(
-        "0.11.0",
-        [
-            ROLE,
-            {"reasoning_content": "\nTwo calls.\n"},
-            {"content": "\n"},
-            {
-                "tool_calls": [
-                    {
-                        "id": "t-6854",
-                        "type": "function",
-                        "index": 0,
-                        "function": {"name": "get_weather"},
-                    }
-                ]
-            },
-            {"tool_calls": [{"index": 0, "function": {"arguments": '{"city": "'}}]},
-            {"tool_calls": [{"index": 0, "function": {"arguments": "Paris"}}]},
-            {"tool_calls": [{"index": 0, "function": {"arguments": '"}'}}]},
-            {"content": "\n"},
-            {
-                "tool_calls": [
-                    {
-                        "id": "t-12ce",
-                        "type": "function",
-                        "index": 1,
-                        "function": {"name": "get_weather"},
-                    }
-                ]
-            },
-            {"tool_calls": [{"index": 1, "function": {"arguments": '{"city": "Rome'}}]},
-            {"tool_calls": [{"index": 1, "function": {"arguments": '"}'}}]},
-            {"tool_calls": [{"index": 1, "function": {"arguments": "\n"}}]},
-            {"content": "", "finish_reason": "tool_calls", "stop_reason": None},
-        ],
-        (30, 53),
-        [
-            Delta(reasoning="\nTwo calls.\n"),
-            Delta(text="\n"),
-            *(call_delta("t-6854", text) for text in ("", '{"city": "', "Paris", '"}')),
-            Delta(text="\n"),
-            *(call_delta("t-12ce", text) for text in ("", '{"city": "Rome', '"}', "\n")),
-            Delta(finish_reason="tool_calls"),
-        ],
-        Choice(
-            text="\n\n",
-            reasoning="\nTwo calls.\n",
-            tool_calls=(weather("t-6854", PARIS), weather("t-12ce", ROME + "\n")),
-            finish_reason="tool_calls",
-        ),
-        id="0.11-two-calls-with-text-between",
-    ),
-    pytest.param(
-        "0.32.0",
-        [
-            ROLE,
-            {"reasoning": "\nTwo calls.\n"},
-            call_part(0, call_id="t-bf36"),
-            *(call_part(0, arguments=text) for text in ('{"', "city", '":', ' "', "Paris", '"}')),
-            call_part(1, call_id="t-8dfe"),
-            *(call_part(1, arguments=text) for text in ('{"city": "', "Rome", '"}')),
-            {"finish_reason": "tool_calls", "stop_reason": None},
-        ],
-        (30, 53, 0, 5),
-        [
-            Delta(reasoning="\nTwo calls.\n"),
-            *(call_delta("t-bf36", text) for text in ("", '{"', "city", '":', ' "', "Paris", '"}')),
-            *(call_delta("t-8dfe", text) for text in ("", '{"city": "', "Rome", '"}')),
-            Delta(finish_reason="tool_calls"),
-        ],
-        Choice(
-            reasoning="\nTwo calls.\n",
-            tool_calls=(weather("t-bf36", PARIS), weather("t-8dfe", ROME)),
-            finish_reason="tool_calls",
-        ),
-        id="0.32-two-calls",
-    ),
-    pytest.param(
-        "0.11.0",
-        [
-            ROLE,
-            {"reasoning_content": "<think>\nI"},
-            {"reasoning_content": " need"},
-            {
-                "tool_calls": [
-                    {
-                        "id": "t-7731",
-                        "type": "function",
-                        "index": 0,
-                        "function": {"name": "get_weather"},
-                    }
-                ]
-            },
-            {"finish_reason": "tool_calls", "stop_reason": None},
-        ],
-        (28, 22),
-        [
-            Delta(reasoning="<think>\nI"),
-            Delta(reasoning=" need"),
-            call_delta("t-7731", ""),
-            Delta(finish_reason="tool_calls"),
-        ],
-        Choice(
-            reasoning="<think>\nI need",
-            tool_calls=(weather("t-7731", ""),),
-            finish_reason="tool_calls",
-        ),
-        id="0.11-a-cut-call-says-tool-calls",
-    ),
-    pytest.param(
-        "0.32.0",
-        [
-            ROLE,
-            {"reasoning": "I need the tool."},
-            call_part(0, call_id="t-8002", arguments=""),
-            call_part(0, arguments='{"', finish_reason="length", stop_reason=None),
-        ],
-        (123, 24, None, 6),
-        [
-            Delta(reasoning="I need the tool."),
-            call_delta("t-8002", ""),
-            call_delta("t-8002", '{"', finish_reason="length"),
-        ],
-        Choice(
-            reasoning="I need the tool.",
-            tool_calls=(weather("t-8002", '{"'),),
-            finish_reason="length",
-        ),
-        id="gpt-oss-the-last-piece-comes-with-the-finish-reason",
-    ),
-    pytest.param(
-        "0.32.0",
-        [
-            ROLE,
-            {"reasoning": "Now Rome."},
-            call_part(0, call_id="t-afd2", arguments='{"city":"Rome"}'),
-            {"finish_reason": "tool_calls", "stop_reason": 200012},
-        ],
-        (171, 25, None, 8),
-        [
-            Delta(reasoning="Now Rome."),
-            call_delta("t-afd2", '{"city":"Rome"}'),
-            Delta(finish_reason="tool_calls", stop_reason=200012),
-        ],
-        Choice(
-            reasoning="Now Rome.",
-            tool_calls=(weather("t-afd2", '{"city":"Rome"}'),),
-            finish_reason="tool_calls",
-            stop_reason=200012,
-        ),
-        id="gpt-oss-a-whole-call-in-one-delta",
-    ),
-    pytest.param(
-        "0.32.0",
-        [
-            {"index": 0, **ROLE},
-            {"index": 1, **ROLE},
-            {"index": 1, "content": "b"},
-            {"index": 0, "content": "a", "reasoning": "r", "token_ids": [5]},
-            {"index": 1, "finish_reason": "length", "stop_reason": None},
-            {"index": 0, "finish_reason": "stop", "stop_reason": "x"},
-        ],
-        (4, 4, 0, None),
-        [
-            Delta(1, "b"),
-            Delta(0, "a", "r", token_ids=(5,)),
-            Delta(1, finish_reason="length"),
-            Delta(finish_reason="stop", stop_reason="x"),
-        ],
-        Choice(text="a", reasoning="r", token_ids=(5,), finish_reason="stop", stop_reason="x"),
-        id="0.32-two-choices-in-turn",
-    ),
-    pytest.param(
-        "0.11.0",
-        [
-            {
-                "text": text,
-                "logprobs": {
-                    "text_offset": [0],
-                    "token_logprobs": [value],
-                    "tokens": [piece],
-                    "top_logprobs": [{piece: value}],
-                },
-                **more,
-            }
-            for text, piece, value, more in (
-                (" Paris", " Paris", -0.00031, {"prompt_token_ids": [366, 643, 590, 637, 298]}),
-                (".", ".", -0.00018, {}),
-                ("", "<|im_end|>", -0.00019, {"finish_reason": "stop"}),
-            )
-        ],
-        (5, 3),
-        [
-            Delta(
-                text=" Paris", logprobs=(token(" Paris", -0.00031, [token(" Paris", -0.00031)]),)
-            ),
-            Delta(text=".", logprobs=(token(".", -0.00018, [token(".", -0.00018)]),)),
-            Delta(
-                logprobs=(token("<|im_end|>", -0.00019, [token("<|im_end|>", -0.00019)]),),
-                finish_reason="stop",
-            ),
-        ],
-        Choice(
-            text=" Paris.",
-            logprobs=tuple(
-                token(text, value, [token(text, value)])
-                for text, value in ((" Paris", -0.00031), (".", -0.00018), ("<|im_end|>", -0.00019))
-            ),
-            finish_reason="stop",
-            prompt_token_ids=(366, 643, 590, 637, 298),
-        ),
-        id="0.11-completion-with-logprobs",
-    ),
-    pytest.param(
-        "0.32.0",
-        [
-            *({"text": text} for text in (" there", " was", "")),
-            {"text": " a", "finish_reason": "length"},
-        ],
-        (4, 8, 0, None),
-        [Delta(text=" there"), Delta(text=" was"), Delta(text=" a", finish_reason="length")],
-        Choice(text=" there was a", finish_reason="length"),
-        id="0.32-completion-cut-by-its-length",
-    ),
-    pytest.param(
-        "0.32.0",
-        [
-            {"text": "", "token_ids": [7]},
-            {"text": "é", "token_ids": [8]},
-            {"text": "", "finish_reason": "stop"},
-        ],
-        (4, 2, None, None),
-        [Delta(token_ids=(7,)), Delta(text="é", token_ids=(8,)), Delta(finish_reason="stop")],
-        Choice(text="é", token_ids=(7, 8), finish_reason="stop"),
-        id="0.32-a-letter-of-two-tokens",
-    ),
-]
-
-
-@pytest.mark.parametrize(("version", "parts", "usage", "deltas", "choice"), CAPTURED_STREAMS)
-def test_captured_stream(web, version, parts, usage, deltas, choice):
-    raw = events_of(version, parts, usage)
-    web.post(re.compile(".*"), body=raw.encode(), content_type="text/event-stream; charset=utf-8")
-    is_chat = "chat.completion.chunk" in raw
-    stream = (web_client().stream_chat if is_chat else web_client().stream_complete)("Once")
-    assert list(stream) == deltas
-    whole = stream.completion
-    assert (whole.choices[0], whole.usage, whole.model) == (choice, usage_of(*usage), "parrot")
-    assert "choices" not in whole.payload
-    assert whole.payload["object"] == ("chat.completion.chunk" if is_chat else "text_completion")
-    assert whole.id == whole.payload["id"] == ("chatcmpl-7b19" if is_chat else "cmpl-6851")
-    assert 0 <= whole.first_token_s <= whole.total_s
-
-
-@pytest.mark.parametrize(
-    ("pieces", "calls"),
-    [
-        pytest.param(
-            [
-                [
-                    {"index": 0, "id": "a", "function": {"name": "f"}},
-                    {"index": 1, "id": "b", "function": {"name": "g"}},
-                ]
-            ],
-            [ToolCall("a", "f", ""), ToolCall("b", "g", "")],
-            id="two-calls-in-one-delta",
-        ),
-        pytest.param(
-            [
-                [{"index": 0, "id": "a", "function": {"name": "f", "arguments": "{"}}],
-                [{"index": 0, "id": "b", "function": {"name": "f", "arguments": "["}}],
-                [{"index": 0, "function": {"arguments": "]"}}],
-            ],
-            [ToolCall("a", "f", "{"), ToolCall("b", "f", "[]")],
-            id="another-id-at-the-same-index-is-another-call",
-        ),
-        pytest.param(
-            [
-                [{"index": 0, "id": "a", "function": {"name": "f", "arguments": "{"}}],
-                [{"index": 0, "id": "", "function": {"name": "f", "arguments": "}"}}],
-                [{"index": 0, "id": "a", "function": {"name": "f", "arguments": " "}}],
-            ],
-            [ToolCall("a", "f", "{} ")],
-            id="an-empty-id-and-a-repeated-name-go-on",
-        ),
-        pytest.param(
-            [
-                [{"id": "a", "function": {"name": "f"}}],
-                [{"function": {"arguments": "{}"}}],
-                [{"id": "b", "function": {"name": "g", "arguments": "[]"}}],
-            ],
-            [ToolCall("a", "f", "{}"), ToolCall("b", "g", "[]")],
-            id="no-index",
-        ),
-        pytest.param(
-            [
-                [{"index": 1, "id": "b", "function": {"name": "g"}}],
-                [{"index": 0, "id": "a", "function": {"name": "f"}}],
-                [
-                    {"index": 1, "function": {"arguments": "1"}},
-                    {"index": 0, "function": {"arguments": "0"}},
-                ],
-            ],
-            [ToolCall("b", "g", "1"), ToolCall("a", "f", "0")],
-            id="pieces-by-turns-in-the-order-they-began",
-        ),
-        pytest.param(
-            [
-                [{"index": 0, "id": "a", "function": None}],
-                [{"index": 0, "function": {"name": "f", "arguments": None}}],
-            ],
-            [ToolCall("a", "f", "")],
-            id="nulls",
-        ),
-    ],
-)
-def test_calls_in_pieces(web, pieces, calls):
-    raw = events_of(
-        "0.32.0",
-        [{"tool_calls": piece} for piece in pieces] + [{"finish_reason": "tool_calls"}],
-        (1, 1),
-    )
-    web.post(CHAT_URL, body=raw.encode(), content_type="text/event-stream")
-    stream = web_client().stream_chat("Once")
-    deltas = list(stream)
-    assert list(stream.completion.tool_calls) == calls
-    joined = {}
-    for piece in itertools.chain.from_iterable(delta.tool_calls for delta in deltas):
-        joined[piece.id] = joined.get(piece.id, "") + piece.arguments
-    assert joined == {call.id: call.arguments for call in calls}
-
-
-@pytest.mark.parametrize(
-    ("extra", "usage"),
-    [
-        pytest.param(
-            {"usage": {"prompt_tokens": 1, "completion_tokens": 1}},
-            Usage(1, 1, 2),
-            id="usage-on-every-chunk",
-        ),
-        pytest.param({"usage": {}}, None, id="empty-usage"),
-        pytest.param({}, None, id="no-usage-at-all"),
-    ],
-)
-def test_usage_of_a_stream(web, extra, usage):
-    chunk = {"choices": [{"index": 0, "text": "a", "finish_reason": "stop"}], **extra}
-    web.post(
-        COMPLETIONS_URL,
-        body=f"data: {json.dumps(chunk)}\n\n{DONE}",
-        content_type="text/event-stream",
-    )
-    stream = web_client().stream_complete("Once")
-    assert (list(stream), stream.completion.usage) == (
-        [Delta(text="a", finish_reason="stop")],
-        usage,
-    )
-
-
-IN_STREAM_011: Final = (
-    'data: {"error": {"message": "Requested sample logprobs of 500, which is greater than max allowed: 20",'
-    ' "type": "BadRequestError", "param": null, "code": 400}}\n\n' + DONE
-)
-
-
-def test_captured_error_in_a_stream(web):
-    web.post(COMPLETIONS_URL, body=IN_STREAM_011, content_type="text/event-stream; charset=utf-8")
-    error = caught(list, web_client().stream_complete("Once", logprobs=500))
-    assert (type(error), error.status_code, error.retryable) == (InvalidRequestError, 400, False)
-    assert str(error) == (
-        "400 'Requested sample logprobs of 500, which is greater than max allowed: 20':"
-        f" POST {COMPLETIONS_URL}; ask for fewer, or start vLLM with --max-logprobs N"
-    )
-
-
-def test_ids_asked_for_beside_the_likeliest_are_all_kept(web):
-    top = {" Paris": -0.1, "#": -14.25, "$": -16.5}
-    logprobs = {
-        "tokens": [" Paris"],
-        "token_logprobs": [-0.1],
-        "top_logprobs": [top],
-        "text_offset": [0],
-    }
-    choice = {"index": 0, "text": " Paris", "logprobs": logprobs, "finish_reason": "length"}
-    web.post(COMPLETIONS_URL, json={"id": "a", "choices": [choice]})
-    reply = web_client().complete("x", logprobs=0, logprob_token_ids=[5, 6])
-    assert [(other.token, other.logprob) for other in reply.logprobs[0].top] == list(top.items())
-
-
-def test_echoed_tokens_have_their_ids():
-    logprobs = {"tokens": ["The", " end", "."], "token_logprobs": [None, -1.0, -2.0]}
-    ids = {"prompt_token_ids": [7, 8], "token_ids": [9]}
-    reply = parse_completion_response(
-        {"choices": [{"index": 0, "text": "The end.", "logprobs": logprobs, **ids}]}
-    )
-    assert [token.token_id for token in reply.logprobs] == [7, 8, 9]
-
-
-# ---- Replies: HTTP errors ---------------------------------------------------
-
-OVERFLOW_032: Final = (
-    "This model's maximum context length is 2048 tokens. However, your prompt contains at least 2049 input tokens,"
-    " which exceeds this limit even without any output tokens. Please reduce the length of the input prompt."
-    " (parameter=input_tokens, value=2049)"
-)
-ROOT_ADVICE: Final = "; is base_url the server's root, and is it vLLM? (curl BASE_URL/v1/models)"
-
-
-ADVICE_502: Final = "; the gateway got no reply from vLLM: is it running?"
-ADVICE_503: Final = "; the server is busy or starting: try again later"
-
-
-def error_032(message, code=400, kind="BadRequestError"):
-    return {"error": {"message": message, "type": kind, "param": None, "code": code}}
-
-
-@pytest.mark.parametrize(
-    ("status", "kind", "retryable", "advice"),
-    [
-        pytest.param(201, StatusError, False, "", id="201-is-not-what-vllm-answers"),
-        pytest.param(400, InvalidRequestError, False, "", id="400"),
-        pytest.param(
-            401,
-            AuthenticationError,
-            False,
-            "; set api_key or VLLM_API_KEY to the key the server was started with",
-            id="401",
-        ),
-        pytest.param(
-            403,
-            AccessDeniedError,
-            False,
-            "; the key may not do this, or a gateway hides the path",
-            id="403",
-        ),
-        pytest.param(404, NotFoundError, False, ROOT_ADVICE, id="404"),
-        pytest.param(405, StatusError, False, ROOT_ADVICE, id="405"),
-        pytest.param(408, StatusError, True, "", id="408"),
-        pytest.param(409, StatusError, False, "", id="409"),
-        pytest.param(413, StatusError, False, "; a proxy limits the size of a request", id="413"),
-        pytest.param(418, StatusError, False, "", id="418"),
-        pytest.param(422, InvalidRequestError, False, "", id="422"),
-        pytest.param(429, RateLimitError, True, "", id="429"),
-        pytest.param(500, ProviderUnavailableError, True, "", id="500"),
-        pytest.param(501, ProviderUnavailableError, False, "", id="501-never-will"),
-        pytest.param(502, ProviderUnavailableError, True, ADVICE_502, id="502"),
-        pytest.param(503, ProviderUnavailableError, True, ADVICE_503, id="503"),
-        pytest.param(
-            504,
-            ProviderUnavailableError,
-            True,
-            "; a proxy gave up waiting; vLLM may still be at work",
-            id="504",
-        ),
-        pytest.param(529, ProviderUnavailableError, True, "", id="529"),
-    ],
-)
-@pytest.mark.parametrize("is_stream", [False, True], ids=["whole", "stream"])
-def test_status(web, is_stream, status, kind, retryable, advice):
-    web.post(COMPLETIONS_URL, status=status, body="no")
-    client = web_client()
-    error = (
-        caught(list, client.stream_complete("Once"))
-        if is_stream
-        else caught(client.complete, "Once")
-    )
-    assert (type(error), str(error)) == (kind, f"{status} 'no': POST {COMPLETIONS_URL}{advice}")
-    assert (error.status_code, error.retryable, error.retry_after) == (status, retryable, None)
-    assert error.server_message == "no"
-    assert error.request_id in web.calls[0].request.headers["X-Request-Id"]
-    assert error.partial.choices == ()
-    assert len(web.calls) == 1
-
-
-def test_status_204_has_no_body(web):
-    web.post(COMPLETIONS_URL, status=204)
-    error = caught(web_client().complete, "Once")
-    assert (type(error), str(error)) == (StatusError, f"204 (no message): POST {COMPLETIONS_URL}")
-
-
-VALIDATION_032: Final = (
-    "1 validation error:\n  {'type': 'missing', 'loc': 'body.messages', 'msg': 'Field required'}"
-)
-
-
-@pytest.mark.parametrize(
-    ("body", "words", "server_words"),
-    [
-        pytest.param(json.dumps(error_032("bad x")), "'bad x'", "bad x", id="nested"),
-        pytest.param(
-            '{"object":"error","message":"bad x","type":"T","param":null,"code":400}',
-            "'bad x'",
-            "bad x",
-            id="flat",
-        ),
-        pytest.param('{"error":"Unauthorized"}', "'Unauthorized'", "Unauthorized", id="string"),
-        pytest.param('{"detail":"Not Found"}', "'Not Found'", "Not Found", id="fastapi"),
-        pytest.param(
-            '{"detail":[{"loc":["body","n"],"msg":"too large"}]}',
-            """'[{"loc": ["body", "n"], "msg": "too large"}]'""",
-            '[{"loc": ["body", "n"], "msg": "too large"}]',
-            id="fastapi-list",
-        ),
-        pytest.param(
-            '{"error":{"error":{"message":"deep"}}}', "'deep'", "deep", id="doubly-nested"
-        ),
-        pytest.param(
-            json.dumps(error_032(VALIDATION_032)),
-            '''"1 validation error: {'type': 'missing', 'loc': 'body.messages', 'msg': 'Field required'}"''',
-            VALIDATION_032,
-            id="lines-are-joined",
-        ),
-        pytest.param("", "(no message)", "", id="empty"),
-        pytest.param(" \n", "(no message)", " \n", id="blank"),
-        pytest.param("null", "(no message)", "", id="null"),
-        pytest.param(
-            '{"error":{"message":null,"code":400}}', "(no message)", "", id="message-null"
-        ),
-        pytest.param(
-            "Internal Server Error",
-            "'Internal Server Error'",
-            "Internal Server Error",
-            id="plain-text",
-        ),
-        pytest.param(
-            "<html>\r\n<head><title>Bad\tGateway</title></head></html>",
-            "'Bad Gateway'",
-            "<html>\r\n<head><title>Bad\tGateway</title></head></html>",
-            id="html",
-        ),
-        pytest.param('{"error": ', """'{"error":'""", '{"error": ', id="half-of-json"),
-        pytest.param('"quota"', "'quota'", "quota", id="a-json-string"),
-        pytest.param(
-            "[" * 100_000, repr("[" * 200 + "…"), "[" * 100_000, id="json-nested-beyond-reason"
-        ),
-        pytest.param("Zoë".encode(), "'Zoë'", "Zoë", id="utf-8"),
-        pytest.param(b"Zo\xeb", "'Zo\ufffd'", "Zo\ufffd", id="not-utf-8"),
-        pytest.param(
-            json.dumps(error_032("x" * 200)),
-            repr("x" * 200),
-            "x" * 200,
-            id="200-characters-are-quoted",
-        ),
-        pytest.param(
-            json.dumps(error_032("x" * 201)), repr("x" * 200 + "…"), "x" * 201, id="no-more"
-        ),
-        pytest.param(
-            " " * 5000 + "x", repr("x"), " " * 5000 + "x", id="words-behind-much-white-space"
-        ),
-    ],
-)
-def test_body_of_an_error(web, body, words, server_words):
-    web.post(COMPLETIONS_URL, status=418, body=body)
-    error = caught(web_client().complete, "Once")
-    assert (str(error), error.server_message) == (
-        f"418 {words}: POST {COMPLETIONS_URL}",
-        server_words,
-    )
-
-
-@pytest.mark.parametrize(
-    "body",
-    [
-        pytest.param({"message": "No API key found in request"}, id="a-message-alone"),
-        pytest.param({"code": 1, "msg": "No API key found in request"}, id="names-of-its-own"),
-        pytest.param(
-            {"error": {"msg": "No API key found in request"}}, id="an-error-without-a-message"
-        ),
-        pytest.param(["No API key found in request"], id="a-list"),
-    ],
-)
-def test_the_words_of_a_gateway_are_not_lost(web, body):
-    web.post(COMPLETIONS_URL, status=401, json=body)
-    assert "No API key found in request" in str(caught(web_client().complete, "Once"))
-
-
-@pytest.mark.parametrize(
-    ("status", "message", "kind", "advice"),
-    [
-        pytest.param(
-            400,
-            '"auto" tool choice requires --enable-auto-tool-choice and --tool-call-parser to be set',
-            InvalidRequestError,
-            "start vLLM with --enable-auto-tool-choice --tool-call-parser NAME, or send no tools",
-            id="tools",
-        ),
-        pytest.param(
-            400,
-            "As of transformers v4.44, default chat template is no longer allowed, so you must provide a chat template",
-            InvalidRequestError,
-            "this model has no chat template: use complete(), or start vLLM with --chat-template FILE",
-            id="template",
-        ),
-        pytest.param(
-            500,
-            "EngineCore encountered an issue. See stack trace (above) for the root cause.",
-            ProviderUnavailableError,
-            "the engine has died: look at the server's log and start it again",
-            id="engine",
-        ),
-        pytest.param(
-            400,
-            "Requested sample logprobs of 500, which is greater than max allowed: 20 (parameter=logprobs, value=500)",
-            InvalidRequestError,
-            "ask for fewer, or start vLLM with --max-logprobs N",
-            id="logprobs",
-        ),
-        pytest.param(
-            400,
-            "Out of range float values are not JSON compliant",
-            ProviderUnavailableError,
-            "the model computed NaN: try without logprobs, or another --dtype",
-            id="nan-is-a-fault-of-the-server",
-        ),
-    ],
-)
-def test_advice(web, status, message, kind, advice):
-    web.post(CHAT_URL, status=status, json=error_032(message, status))
-    error = caught(web_client().chat, "Once")
-    assert (type(error), str(error)) == (kind, f"{status} {message!r}: POST {CHAT_URL}; {advice}")
-    assert error.retryable is ("EngineCore" in message)
-
-
-@pytest.mark.parametrize(
-    ("value", "seconds"),
-    [
-        pytest.param("7", 7.0, id="seconds"),
-        pytest.param("0", 0.0, id="now"),
-        pytest.param("1.5", 1.5, id="not-whole"),
-        pytest.param(" 3 ", 3.0, id="blanks"),
-        pytest.param("-5", 0.0, id="in-the-past"),
-        pytest.param("soon", None, id="words"),
-        pytest.param("", None, id="empty"),
-        pytest.param("inf", None, id="infinity"),
-        pytest.param("nan", None, id="nan"),
-        pytest.param("1e999", None, id="too-large"),
-        pytest.param("Wed, 21 Oct 2015 07:28:00 GMT", 0.0, id="a-date-in-the-past"),
-        pytest.param("Wed, 99 Oct 2015 07:28:00 GMT", None, id="no-such-date"),
-        pytest.param("Wed, 21 Oct 99999 07:28:00 GMT", None, id="no-such-year"),
-    ],
-)
-@pytest.mark.parametrize("status", [429, 503])
-def test_retry_after(web, status, value, seconds):
-    web.post(COMPLETIONS_URL, status=status, body="busy", headers={"Retry-After": value})
-    assert caught(web_client().complete, "Once").retry_after == seconds
-
-
-@pytest.mark.parametrize("zone", ["GMT", "-0000", "+0000"])
-def test_retry_after_a_date(web, zone):
-    date = email.utils.format_datetime(datetime.now(UTC) + timedelta(seconds=100)).replace(
-        "+0000", zone
-    )
-    web.post(COMPLETIONS_URL, status=503, headers={"retry-after": date})
-    assert 30 < caught(web_client().complete, "Once").retry_after <= 100
-
-
-@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
-@pytest.mark.parametrize(
-    ("location", "base_url"),
-    [
-        pytest.param("https://gpu.example/v1/completions", "https://gpu.example", id="https"),
-        pytest.param(
-            "http://vllm.test/openai/v1/completions", "http://vllm.test/openai", id="a-prefix"
-        ),
-        pytest.param("/openai/v1/completions", "http://vllm.test/openai", id="a-path"),
-        pytest.param(
-            "https://gpu.example/v1/completions/", "https://gpu.example", id="a-slash-at-the-end"
-        ),
-    ],
-)
-def test_redirect(web, status, location, base_url):
-    web.post(COMPLETIONS_URL, status=status, headers={"Location": location})
-    error = caught(web_client().complete, "Once")
-    assert (type(error), error.status_code, error.retryable) == (StatusError, status, False)
-    assert str(error) == (
-        f"POST {COMPLETIONS_URL} is redirected to {location!r}, which is not followed: the prompt would go to"
-        f" another place; set base_url to {base_url!r}"
-    )
-    assert len(web.calls) == 1
-
-
-@pytest.mark.parametrize(
-    ("path", "location", "base_url"),
-    [
-        pytest.param(
-            "/v1/models", "https://gpu.example/v1/models", "https://gpu.example", id="models"
-        ),
-        pytest.param(
-            "/version", "https://gpu.example/version", "https://gpu.example", id="version"
-        ),
-        pytest.param("/health", "https://gpu.example/health", "https://gpu.example", id="health"),
-    ],
-)
-def test_redirect_of_a_question(web, path, location, base_url):
-    web.get(WEB + path, status=308, headers={"Location": location})
-    error = caught(getattr(web_client(), path.rpartition("/")[2]))
-    assert str(error).endswith(f"set base_url to {base_url!r}")
-
-
-@pytest.mark.parametrize(
-    "location",
-    [
-        pytest.param("https://sso.example/login?next=/v1/completions", id="a-login-page"),
-        pytest.param("/login?next=%2Fv1%2Fcompletions", id="a-login-page-of-its-own"),
-        pytest.param("http://[::1", id="no-url"),
-        pytest.param(None, id="nowhere"),
-    ],
-)
-def test_a_redirect_to_something_else_names_no_base_url_that_cannot_work(web, location):
-    web.post(COMPLETIONS_URL, status=302, headers={"Location": location} if location else {})
-    error = caught(web_client().complete, "Once")
-    assert type(error) is StatusError
-    (advised,) = re.findall(r"set base_url to (.*)$", str(error)) or ["'http://localhost'"]
-    VLLMConfig(ast.literal_eval(advised))  # raises for what is no base_url
-
-
-@pytest.mark.parametrize(
-    ("body", "content_type"),
-    [
-        pytest.param("<html>welcome</html>", "text/html", id="html"),
-        pytest.param("", "application/json", id="empty"),
-        pytest.param("ok", "text/plain", id="text"),
-        pytest.param("[]", "application/json", id="a-list"),
-        pytest.param('"x"', "application/json", id="a-string"),
-        pytest.param("null", "application/json", id="null"),
-        pytest.param('{"choices": [', "application/json", id="cut"),
-        pytest.param('{"choices": []} {}', "application/json", id="two-objects"),
-        pytest.param("[" * 100_000, "application/json", id="nested-beyond-reason"),
-        pytest.param('{"a":' * 100_000, "application/json", id="objects-beyond-reason"),
-    ],
-)
-@pytest.mark.parametrize("is_stream", [False, True], ids=["whole", "stream"])
-def test_200_that_is_not_json(web, is_stream, body, content_type):
-    web.post(CHAT_URL, body=body, content_type=content_type)
-    client = web_client()
-    error = caught(list, client.stream_chat("Once")) if is_stream else caught(client.chat, "Once")
-    quoted = repr(body if len(body) <= 200 else body[:200] + "…")
-    assert type(error) is ProtocolError
-    assert str(error) == f"not the JSON vLLM sends: POST {CHAT_URL}: {quoted}{ROOT_ADVICE}"
-    assert (error.retryable, error.status_code) == (False, None)
-
-
-def test_an_event_that_is_not_json(web):
-    good = {"choices": [{"index": 0, "text": "a"}]}
-    body = f"data: {json.dumps(good)}\n\ndata: {{broken\n\n{DONE}"
-    web.post(COMPLETIONS_URL, body=body, content_type="text/event-stream")
-    error = caught(list, web_client().stream_complete("Once"))
-    assert type(error) is ProtocolError
-    assert str(error) == f"not the JSON vLLM sends: POST {COMPLETIONS_URL}: '{{broken'{ROOT_ADVICE}"
-    assert error.partial.text == "a"
-
-
-@pytest.mark.parametrize("encoding", ["gzip", "br", "deflate"])
-def test_an_encoding_that_was_not_asked_for(web, encoding):
-    web.post(
-        COMPLETIONS_URL,
-        body=b"\x1f\x8b",
-        headers={"Content-Encoding": encoding},
-        content_type="application/json",
-    )
-    error = caught(web_client().complete, "Once")
-    assert type(error) is ProtocolError
-    assert (
-        str(error)
-        == f"the reply is encoded as {encoding!r}, which was not requested: POST {COMPLETIONS_URL}"
-    )
-    assert web.calls[0].request.headers["Accept-Encoding"] == "identity"
-
-
-def test_a_validation_error_does_not_quote_the_prompt(web):
-    message = "5 validation errors: {'type': 'int_type', 'msg': 'Input should be…', 'input': 'MY SECRET PROMPT'}"
-    web.post(COMPLETIONS_URL, status=400, json={"error": {"message": message, "code": 400}})
-    error = caught(web_client().complete, "MY SECRET PROMPT")
-    assert "SECRET" not in str(error)
-    assert "Input should be" in str(error)
-    assert error.server_message == message
-
-
-@pytest.mark.parametrize(
-    ("message", "advice"),
-    [
-        pytest.param(
-            "Cannot apply chat template to an empty conversation.", "", id="there-is-a-template"
-        ),
-        pytest.param(
-            "Chat template is passed with request, but --trust-request-chat-template is not set.",
-            "; start vLLM with that flag, or send no chat_template",
-            id="not-trusted",
-        ),
-    ],
-)
-def test_a_word_about_chat_templates_is_not_always_that_there_is_none(web, message, advice):
-    web.post(CHAT_URL, status=400, json={"error": {"message": message, "code": 400}})
-    assert str(caught(web_client().chat, "x")) == f"400 {message!r}: POST {CHAT_URL}{advice}"
-
-
-# ---- Replies: what requests raises ------------------------------------------
-
-REQUESTS_ERRORS: Final = sorted(
-    (
-        thing
-        for thing in vars(requests.exceptions).values()
-        if inspect.isclass(thing) and issubclass(thing, requests.RequestException)
-    ),
-    key=lambda kind: kind.__name__,
-)
-REQUESTS_KINDS: Final = {
-    "Timeout": LLMTimeoutError,
-    "ConnectTimeout": LLMTimeoutError,
-    "ReadTimeout": LLMTimeoutError,
-    "ConnectionError": NetworkError,
-    "ProxyError": NetworkError,
-    "SSLError": NetworkError,
-    "ChunkedEncodingError": NetworkError,
-    "InvalidHeader": ConfigurationError,
-    "InvalidProxyURL": ConfigurationError,
-    "InvalidSchema": ConfigurationError,
-    "InvalidURL": ConfigurationError,
-    "MissingSchema": ConfigurationError,
-}
-
-
-@pytest.mark.parametrize("kind", REQUESTS_ERRORS, ids=lambda kind: kind.__name__)
-@pytest.mark.parametrize("is_stream", [False, True], ids=["whole", "stream"])
-def test_every_exception_of_requests_is_translated(web, is_stream, kind):
-    raised = (
-        kind("broken", "{", 0)
-        if issubclass(kind, ValueError) and "JSON" in kind.__name__
-        else kind("broken")
-    )
-    web.post(COMPLETIONS_URL, body=raised)
-    client = web_client()
-    error = (
-        caught(list, client.stream_complete("Once"))
-        if is_stream
-        else caught(client.complete, "Once")
-    )
-    assert type(error) is REQUESTS_KINDS.get(kind.__name__, type(error))
-    assert error.__cause__ is raised
-    assert WEB in str(error)
-
-
-def test_requests_has_no_exception_this_table_does_not_know():
-    known = {
-        *REQUESTS_KINDS,
-        "RequestException",
-        "URLRequired",
-        "HTTPError",
-        "TooManyRedirects",
-        "ContentDecodingError",
-    }
-    known |= {
-        "StreamConsumedError",
-        "RetryError",
-        "UnrewindableBodyError",
-        "InvalidJSONError",
-        "JSONDecodeError",
-    }
-    assert {kind.__name__ for kind in REQUESTS_ERRORS} == known
-
-
-@pytest.mark.parametrize(
-    ("raised", "words", "retryable"),
-    [
-        pytest.param(
-            requests.ConnectionError(ConnectionRefusedError(111, "Connection refused")),
-            "no connection to http://vllm.test: connection refused; is vLLM running? (curl http://vllm.test/health)",
-            True,
-            id="refused",
-        ),
-        pytest.param(
-            requests.ConnectTimeout("slow"),
-            f"no connection in time: POST {COMPLETIONS_URL}; is the host right, and does a firewall block it? (connect_timeout)",
-            True,
-            id="no-connection-in-time",
-        ),
-        pytest.param(
-            requests.exceptions.ProxyError("refused"),
-            "no connection to http://vllm.test: its proxy failed (refused); check HTTPS_PROXY and NO_PROXY",
-            True,
-            id="proxy",
-        ),
-    ],
-)
-def test_words_about_no_connection(web, raised, words, retryable):
-    if isinstance(raised.args[0], OSError):
-        raised.__cause__ = raised.args[0]
-    web.post(COMPLETIONS_URL, body=raised)
-    error = caught(web_client().complete, "Once")
-    assert (str(error), error.retryable, error.status_code) == (words, retryable, None)
-
-
-# ---- Replies: what does not fit ---------------------------------------------
-
-SHORTEN: Final = " Please reduce the length of the input prompt"
-# the server's words, the max_tokens they answer, the limit and the prompt's length in them
-OVERFLOWS: Final = [
-    pytest.param(
-        "This model's maximum context length is 2048 tokens. However, you requested 2520 tokens (2510 in the messages,"
-        " 10 in the completion). Please reduce the length of the messages or completion.",
-        10,
-        (2048, 2510),
-        id="0.10.0",
-    ),
-    pytest.param(
-        "This model's maximum context length is 2048 tokens. However, you requested 2510 tokens in the messages,"
-        " Please reduce the length of the messages.",
-        None,
-        (2048, 2510),
-        id="0.10.0-without-max-tokens",
-    ),
-    pytest.param(
-        "This model's maximum context length is 2048 tokens. However, your request has 2510 input tokens."
-        " Please reduce the length of the input messages. None",
-        None,
-        (2048, 2510),
-        id="0.11.0",
-    ),
-    pytest.param(
-        f"You passed 2510 input tokens and requested 10 output tokens. However, the model's context length is only 2048"
-        f" tokens, resulting in a maximum input length of 2038 tokens.{SHORTEN}.",
-        10,
-        (2048, 2510),
-        id="0.16",
-    ),
-    pytest.param(
-        f"You passed 99999 input characters and requested 10 output tokens. However, the model's context length is only"
-        f" 2048 tokens, resulting in a maximum input length of 2038 tokens.{SHORTEN}.",
-        10,
-        (2048, None),
-        id="0.16-characters",
-    ),
-    pytest.param(
-        "This model's maximum context length is 2048 tokens. However, you requested 10 output tokens and your prompt"
-        f" contains 2510 input tokens, for a total of 2520 tokens.{SHORTEN} or the number of requested output tokens."
-        " (parameter=input_tokens, value=2510)",
-        10,
-        (2048, 2510),
-        id="0.18",
-    ),
-    pytest.param(
-        "This model's maximum context length is 2048 tokens. However, you requested 10 output tokens and your prompt"
-        f" contains at least 2049 input tokens, for a total of at least 2059 tokens.{SHORTEN} or the number of"
-        " requested output tokens. (parameter=input_tokens, value=2049)",
-        10,
-        (2048, 2049),
-        id="0.18-at-least",
-    ),
-    pytest.param(
-        "This model's maximum context length is 2048 tokens. However, you requested 10 output tokens and your prompt"
-        f" contains 99999 characters (more than 20000 characters, which is the upper bound for 2038 input tokens)."
-        f"{SHORTEN} or the number of requested output tokens. (parameter=input_text, value=99999)",
-        10,
-        (2048, None),
-        id="0.18-characters",
-    ),
-    pytest.param(OVERFLOW_032, None, (2048, 2049), id="0.32"),
-    pytest.param(
-        "This model's maximum context length is 2048 tokens. However, your prompt contains 99999 characters (more than"
-        " 20000 characters, which is the upper bound for 2048 input tokens), which exceeds this limit even without any"
-        f" output tokens.{SHORTEN}. (parameter=input_text, value=99999)",
-        None,
-        (2048, None),
-        id="0.32-characters",
-    ),
-    pytest.param(
-        "Input length (2510) exceeds model's maximum context length (2048).",
-        None,
-        (2048, 2510),
-        id="gpt-oss-since-0.18",
-    ),
-    pytest.param(
-        "max_tokens must be at least 1, got -462.", None, (2048, 2510), id="gpt-oss-up-to-0.17"
-    ),
-    pytest.param(
-        "max_tokens must be at least 1, got 0. (parameter=max_tokens, value=0)",
-        None,
-        (2048, 2048),
-        id="filled-exactly",
-    ),
-    pytest.param(
-        "The decoder prompt (length 2510) is longer than the maximum model length of 2048. Make sure that"
-        " `max_model_len` is no smaller than the number of text tokens.",
-        10,
-        (2048, 2510),
-        id="engine",
-    ),
-    pytest.param(
-        "The decoder prompt (length 2048) plus the number of requested output tokens (at least 1) is longer than the"
-        " maximum model length of 2048. Make sure that `max_model_len` is no smaller than that.",
-        10,
-        (2048, 2048),
-        id="engine-filled-exactly",
-    ),
-]
-
-
-def overflow_words(limit, count, where, message=""):
-    at_least = "at least " if re.search(r"at least \d+ input tokens", message) else ""
-    count = "it has too many tokens" if count is None else f"{at_least}{count} tokens"
-    return f"the prompt does not fit: {count} for a context of {limit}: {where}; shorten it"
-
-
-def serve_models(web):
-    card = {
-        "id": "parrot",
-        "object": "model",
-        "root": "tiny/parrot",
-        "parent": None,
-        "max_model_len": 2048,
-    }
-    web.get(MODELS_URL, json={"object": "list", "data": [card]})
-
-
-@pytest.mark.parametrize(("message", "max_tokens", "lengths"), OVERFLOWS)
-@pytest.mark.parametrize("how", ["status", "flat", "in-stream"])
-def test_a_prompt_that_does_not_fit(web, how, message, max_tokens, lengths):
-    serve_models(web)
-    body = error_032(message)["error"]
-    if how == "in-stream":
-        web.post(
-            CHAT_URL,
-            body=f"data: {json.dumps({'error': body})}\n\n{DONE}",
-            content_type="text/event-stream",
-        )
-    else:
-        web.post(
-            CHAT_URL,
-            status=400,
-            json={"error": body} if how == "status" else {"object": "error", **body},
-        )
-    error = caught(list, web_client().stream_chat("hello " * 2500, max_tokens=max_tokens))
-    if how == "in-stream" and message.startswith("max_tokens must"):
-        lengths = (
-            None,
-            None,
-        )  # vLLM tells these before it streams; a gateway's stream is not worth a question
-    assert type(error) is ContextLengthError
-    assert (error.limit, error.input_tokens) == lengths
-    assert str(error) == overflow_words(
-        lengths[0] or "unknown size", lengths[1], f"POST {CHAT_URL}", message
-    )
-    assert (error.status_code, error.retryable, error.server_message) == (400, False, message)
-    assert len(sent_bodies(web, CHAT_URL)) == 1
-
-
-def test_captured_overflow_of_a_completion_whose_limit_is_less_its_max_tokens(web):
-    message = (
-        "This model's maximum context length is 2043 tokens. However, your request has 2502 input tokens."
-        " Please reduce the length of the input messages."
-    )
-    web.post(COMPLETIONS_URL, status=400, json=error_032(message))
-    error = caught(web_client().complete, "hello " * 2500, max_tokens=5)
-    assert (type(error), error.limit, error.input_tokens) == (ContextLengthError, 2048, 2502)
-    assert str(error) == overflow_words(2048, 2502, f"POST {COMPLETIONS_URL}")
-
-
-def test_a_limit_that_nobody_tells(web):
-    web.get(MODELS_URL, status=404, json={"detail": "Not Found"})
-    web.post(CHAT_URL, status=400, json=error_032("max_tokens must be at least 1, got -462."))
-    error = caught(web_client().chat, "hello")
-    assert (type(error), error.limit, error.input_tokens) == (ContextLengthError, None, None)
-    assert str(error) == overflow_words("unknown size", None, f"POST {CHAT_URL}")
-
-
-@pytest.mark.parametrize(
-    "message",
-    [
-        pytest.param("max_tokens must be at least 1, got -462.", id="in-disguise"),
-        pytest.param(
-            "This model's maximum context length is 2043 tokens. However, your request has 2502 input tokens.",
-            id="0.11-completions",
-        ),
-        pytest.param(OVERFLOW_032, id="0.32"),
-        pytest.param("max_tokens=5 cannot be greater than max_model_len=2048.", id="output"),
-    ],
-)
-def test_an_overflow_where_max_tokens_is_text_that_vllm_takes_for_a_number(web, message):
-    serve_models(web)
-    web.post(COMPLETIONS_URL, status=400, json=error_032(message))
-    error = caught(web_client().complete, "hello " * 2500, max_tokens="5")
-    assert isinstance(error, ContextLengthError | InvalidRequestError)
-    assert error.status_code == 400
-
-
-@pytest.mark.parametrize("max_tokens", [0, -1])
-def test_a_max_tokens_of_nothing_is_the_callers_mistake(web, max_tokens):
-    message = f"max_tokens must be at least 1, got {max_tokens}. (parameter=max_tokens, value={max_tokens})"
-    web.post(CHAT_URL, status=400, json=error_032(message))
-    error = caught(web_client().chat, "hello", max_tokens=max_tokens)
-    assert (type(error), len(web.calls)) == (InvalidRequestError, 1)
-
-
-NOT_ABOUT_LENGTH: Final = [
-    pytest.param(
-        "temperature must be non-negative, got -1.0. (parameter=temperature, value=-1.0)",
-        id="temperature",
-    ),
-    pytest.param("max_tokens must be at most 5 for this user", id="a-gateways-quota"),
-    pytest.param("'n' is too large: it must be at most 16384", id="too-large-without-a-number"),
-    pytest.param("prompt_logprobs must be at least 0, got -3", id="other-number"),
-    pytest.param("1 validation error: max_tokens Input should be a valid integer", id="validation"),
-    pytest.param("The number of prompts (1025) exceeds the maximum of 1024", id="prompts"),
-]
-
-
-@pytest.mark.parametrize("message", NOT_ABOUT_LENGTH)
-def test_an_error_about_something_else_is_sent_once(web, message):
-    web.post(CHAT_URL, status=400, json=error_032(message))
-    error = caught(web_client().chat, "hello", max_tokens=9)
-    assert (type(error), error.server_message, len(web.calls)) == (InvalidRequestError, message, 1)
-
-
-# the server's words, the max_tokens they answer, what is sent then
-TOO_LARGE: Final = [
-    pytest.param(
-        "This model's maximum context length is 2048 tokens. However, you requested 5009 tokens (9 in the messages,"
-        " 5000 in the completion). Please reduce the length of the messages or completion.",
-        2039,
-        id="0.10.0",
-    ),
-    pytest.param(
-        "'max_tokens' or 'max_completion_tokens' is too large: 5000. This model's maximum context length is 2048 tokens"
-        " and your request has 9 input tokens (5000 > 2048 - 9). None",
-        2039,
-        id="0.11.0",
-    ),
-    pytest.param(
-        "'max_tokens' (5000) cannot be greater than the model's maximum context length (2048).",
-        2048,
-        id="0.11-names-m",
-    ),
-    pytest.param(
-        f"You passed 9 input tokens and requested 5000 output tokens. However, the model's context length is only 2048"
-        f" tokens, resulting in a maximum input length of 0 tokens.{SHORTEN}.",
-        2039,
-        id="0.16",
-    ),
-    pytest.param(
-        "max_tokens=5000cannot be greater than max_model_len=max_total_tokens=2048. Please request fewer output"
-        " tokens.",
-        2048,
-        id="0.16-without-a-space",
-    ),
-    pytest.param(
-        "This model's maximum context length is 2048 tokens. However, you requested 5000 output tokens and your prompt"
-        f" contains 9 input tokens, for a total of 5009 tokens.{SHORTEN} or the number of requested output tokens."
-        " (parameter=input_tokens, value=9)",
-        2039,
-        id="0.18",
-    ),
-    pytest.param(
-        "max_tokens=5000 cannot be greater than max_model_len=2048. Please request fewer output tokens."
-        " (parameter=max_tokens, value=5000)",
-        2048,
-        id="0.32",
-    ),
-    pytest.param(
-        "max_completion_tokens=5000 cannot be greater than max_model_len=2048. Please request fewer output tokens.",
-        2048,
-        id="0.32-by-its-other-name",
-    ),
-]
-
-
-@pytest.mark.parametrize(("message", "fitting"), TOO_LARGE)
-@pytest.mark.parametrize("name", ["max_tokens", "max_completion_tokens"])
-def test_a_max_tokens_that_does_not_fit_is_lowered(web, caplog, name, message, fitting):
-    web.post(CHAT_URL, status=400, json=error_032(message))
-    web.post(
-        CHAT_URL, json={"choices": [{"message": {"content": "Hi"}, "finish_reason": "length"}]}
-    )
-    params = {name: 5000, "temperature": 0}
-    assert web_client().chat("Once", **params).text == "Hi"
-    first, second = sent_bodies(web)
-    assert (first[name], second) == (5000, first | {name: fitting})
-    assert params == {name: 5000, "temperature": 0}
-    (warning,) = caplog.messages
-    assert (
-        warning == f"max_tokens is lowered to {fitting}: 400 {message!r:.201}: POST {CHAT_URL}"
-        or len(message) > 200
-    )
-    assert warning.startswith(f"max_tokens is lowered to {fitting}: 400 ")
-
-
-def test_a_completion_of_0_11_whose_limit_is_less_its_max_tokens(web, caplog):
-    message = (
-        "This model's maximum context length is -1952 tokens. However, your request has 5 input tokens."
-        " Please reduce the length of the input messages."
-    )
-    web.post(COMPLETIONS_URL, status=400, json=error_032(message))
-    web.post(COMPLETIONS_URL, json={"choices": [{"text": "Hi"}]})
-    assert web_client().complete("Once", max_tokens=4000).text == "Hi"
-    assert [body["max_tokens"] for body in sent_bodies(web)] == [4000, 2043]
-    assert len(caplog.records) == 1
-
-
-def test_one_server_tells_the_limit_first_and_the_prompts_length_then(web, caplog):
-    first = "max_tokens=5000 cannot be greater than max_model_len=2048. Please request fewer output tokens."
-    second = (
-        "This model's maximum context length is 2048 tokens. However, you requested 2048 output tokens and your prompt"
-        f" contains 410 input tokens, for a total of 2458 tokens.{SHORTEN}."
-    )
-    web.post(CHAT_URL, status=400, json=error_032(first))
-    web.post(CHAT_URL, status=400, json=error_032(second))
-    web.post(CHAT_URL, json={"choices": [{"message": {"content": "Hi"}}]})
-    assert web_client().chat("Once", max_tokens=5000).text == "Hi"
-    assert [body["max_tokens"] for body in sent_bodies(web)] == [5000, 2048, 1638]
-    assert [record.levelname for record in caplog.records] == ["WARNING"]
-
-
-def test_at_least_so_many_is_counted(web):
-    message = (
-        "This model's maximum context length is 2048 tokens. However, you requested 2000 output tokens and your prompt"
-        f" contains at least 49 input tokens, for a total of at least 2049 tokens.{SHORTEN}."
-    )
-    web.post(CHAT_URL, status=400, json=error_032(message))
-    web.post(TOKENIZE_URL, json={"count": 120, "max_model_len": 2048, "tokens": list(range(120))})
-    web.post(CHAT_URL, json={"choices": [{"message": {"content": "Hi"}}]})
-    tools = [{"type": "function", "function": {"name": "f"}}]
-    assert web_client().chat("Once", max_tokens=2000, tools=tools).text == "Hi"
-    assert [body["max_tokens"] for body in sent_bodies(web, CHAT_URL)] == [2000, 1928]
-    (asked,) = sent_bodies(web, TOKENIZE_URL)
-    assert asked == {
-        "model": "parrot",
-        "messages": [{"role": "user", "content": "Once"}],
-        "tools": tools,
-    }
-
-
-def test_at_least_so_many_that_nobody_can_count(web):
-    message = (
-        "This model's maximum context length is 2048 tokens. However, you requested 2000 output tokens and your prompt"
-        f" contains at least 49 input tokens, for a total of at least 2049 tokens.{SHORTEN}."
-    )
-    web.post(CHAT_URL, status=400, json=error_032(message))
-    web.post(TOKENIZE_URL, status=404, json={"detail": "Not Found"})
-    error = caught(web_client().chat, "Once", max_tokens=2000)
-    assert isinstance(error, ContextLengthError | InvalidRequestError)
-    assert len(sent_bodies(web, CHAT_URL)) == 1
-
-
-@pytest.mark.parametrize("method", ["chat", "complete"])
-def test_it_is_lowered_at_most_twice(web, caplog, method):
-    for limit in (2048, 1024, 512, 256):
-        message = f"max_tokens=9 cannot be greater than max_model_len={limit}. Please request fewer output tokens."
-        web.post(re.compile(".*"), status=400, json=error_032(message))
-    error = caught(getattr(web_client(), method), "Once", max_tokens=5000)
-    assert (type(error), error.status_code) == (InvalidRequestError, 400)
-    assert [body["max_tokens"] for body in sent_bodies(web)] == [5000, 2048, 1024]
-    assert [record.levelname for record in caplog.records] == ["WARNING"]
-
-
-def test_it_is_never_raised(web):
-    message = "max_tokens=9 cannot be greater than max_model_len=2048. Please request fewer output tokens."
-    web.post(CHAT_URL, status=400, json=error_032(message))
-    error = caught(web_client().chat, "Once", max_tokens=9)
-    assert (type(error), len(web.calls)) == (InvalidRequestError, 1)
-
-
-@pytest.mark.parametrize("status", [500, 503])
-def test_a_fault_of_the_server_is_not_about_lengths(web, status):
-    web.post(CHAT_URL, status=status, json=error_032(OVERFLOW_032, status))
-    assert type(caught(web_client().chat, "Once")) is ProviderUnavailableError
-
-
-# ---- The model to name ------------------------------------------------------
-
-
-def cards(*names, **fields):
-    return {"object": "list", "data": [{"id": name, "object": "model", **fields} for name in names]}
-
-
-@pytest.fixture
-def any_answer(web):
-    web.post(COMPLETIONS_URL, json={"choices": [{"text": "a"}]})
-    web.post(CHAT_URL, json={"choices": [{"message": {"content": "a"}}]})
-    return web
-
-
-def test_the_served_model_is_asked_for_once(any_answer):
-    any_answer.get(MODELS_URL, json=cards("parrot", "lora"))
-    client = VLLMClient(WEB)
-    client.complete("a")
-    client.chat("a")
-    list(client.stream_chat("a"))
-    assert [call.request.method for call in any_answer.calls] == ["GET", "POST", "POST", "POST"]
-    assert {
-        body["model"]
-        for body in map(json.loads, [c.request.body for c in any_answer.calls if c.request.body])
-    } == {"parrot"}
-
-
-@pytest.mark.parametrize(
-    ("settings", "params"),
-    [
-        pytest.param({"default_model": "mine"}, {}, id="configured"),
-        pytest.param({}, {"model": "mine"}, id="in-the-call"),
-        pytest.param({"extra_body": {"model": "mine"}}, {}, id="in-extra-body"),
-    ],
-)
-def test_a_model_that_is_named_is_not_asked_for(any_answer, settings, params):
-    VLLMClient(WEB, **settings).complete("a", **params)
-    (body,) = sent_bodies(any_answer)
-    assert body["model"] == "mine"
-
-
-@pytest.mark.parametrize(
-    "answer",
-    [
-        pytest.param({"status": 401, "json": {"error": "Unauthorized"}}, id="401"),
-        pytest.param({"status": 403, "json": {"error": "Forbidden"}}, id="403"),
-        pytest.param({"status": 404, "json": {"detail": "Not Found"}}, id="404"),
-        pytest.param({"status": 405, "json": {"detail": "Method Not Allowed"}}, id="405"),
-        pytest.param({"status": 501, "json": {"error": "not implemented"}}, id="501"),
-        pytest.param({"status": 200, "body": "<html>", "content_type": "text/html"}, id="html"),
-        pytest.param({"json": {"data": []}}, id="no-models"),
-        pytest.param({"json": {"models": ["a"]}}, id="another-shape"),
-        pytest.param({"json": {"data": [{"name": "a"}]}}, id="cards-without-an-id"),
-    ],
-)
-def test_models_refused_then_no_model_is_sent(any_answer, answer):
-    any_answer.get(MODELS_URL, **answer)
-    client = VLLMClient(WEB, max_retries=0)
-    assert (client.complete("a").text, client.chat("a").text) == ("a", "a")
-    assert [call.request.method for call in any_answer.calls] == ["GET", "POST", "POST"]
-    assert all(
-        "model" not in body
-        for body in map(json.loads, [c.request.body for c in any_answer.calls[1:]])
-    )
-
-
-@pytest.mark.parametrize("status", [500, 502, 503])
-def test_models_of_a_server_that_is_not_ready_are_an_error(any_answer, status):
-    any_answer.get(MODELS_URL, status=status)
-    error = caught(VLLMClient(WEB, max_retries=0).complete, "a")
-    assert type(error) is ProviderUnavailableError
-    assert str(error).startswith(f"{status} (no message): GET {MODELS_URL}")
-
-
-NO_MODEL: Final = "The model `parrot` does not exist."
-
-
-@pytest.mark.parametrize(
-    "words", [NO_MODEL, "The model `parrot` does not exist. Valid aliases: macaw."]
-)
-@pytest.mark.parametrize("is_stream", [False, True], ids=["whole", "stream"])
-def test_a_model_that_was_replaced_is_asked_for_once_more(web, words, is_stream):
-    web.get(MODELS_URL, json=cards("parrot"))
-    web.get(MODELS_URL, json=cards("macaw"))
-    web.post(CHAT_URL, status=404, json=error_032(words, 404, "NotFoundError"))
-    web.post(CHAT_URL, json={"choices": [{"message": {"content": "a"}}]})
-    client = VLLMClient(WEB)
-    for _ in range(2):
-        assert (next(client.stream_chat("a")) if is_stream else client.chat("a")).text == "a"
-    assert [body["model"] for body in sent_bodies(web, CHAT_URL)] == ["parrot", "macaw", "macaw"]
-    assert [call.request.url for call in web.calls].count(MODELS_URL) == 2
-
-
-@pytest.mark.parametrize(
-    ("settings", "params", "asked"),
-    [
-        pytest.param({"default_model": "nope"}, {}, "nope", id="configured"),
-        pytest.param({}, {"model": "nope"}, "nope", id="in-the-call"),
-        pytest.param({}, {}, "parrot", id="the-servers-own-though-it-lists-it"),
-    ],
-)
-def test_a_model_the_server_does_not_have(web, settings, params, asked):
-    web.get(MODELS_URL, json=cards("parrot", "macaw"))
-    web.post(CHAT_URL, status=404, json=error_032(f"The model `{asked}` does not exist.", 404))
-    error = caught(VLLMClient(WEB, **settings).chat, "a", **params)
-    assert (type(error), error.status_code) == (NotFoundError, 404)
-    assert str(error) == f"model not found: {asked!r}; the server has parrot, macaw"
-    assert len(sent_bodies(web, CHAT_URL)) == 1
-
-
-def test_a_model_not_found_where_models_are_hidden(web):
-    web.get(MODELS_URL, status=403)
-    web.post(CHAT_URL, status=404, json=error_032("The model `nope` does not exist.", 404))
-    error = caught(web_client(default_model="nope").chat, "a")
-    assert str(error) == "model not found: 'nope'; look at /v1/models"
-
-
-def test_a_path_that_is_not_found_is_no_matter_of_models(web):
-    web.post(CHAT_URL, status=404, json={"detail": "Not Found"})
-    error = caught(web_client().chat, "a")
-    assert str(error) == f"404 'Not Found': POST {CHAT_URL}{ROOT_ADVICE}"
-    assert len(web.calls) == 1
-
-
-@pytest.mark.parametrize(
-    ("data", "expected"),
-    [
-        pytest.param(
-            [
-                {
-                    "id": "parrot",
-                    "root": "tiny/parrot",
-                    "parent": None,
-                    "max_model_len": 2048,
-                    "permission": [{}],
-                }
-            ],
-            [ModelCard("parrot", 2048, "tiny/parrot")],
-            id="as-vllm-sends-it",
-        ),
-        pytest.param(
-            [
-                {"id": "base", "max_model_len": 2048},
-                {"id": "lora", "parent": "base", "max_model_len": None},
-            ],
-            [ModelCard("base", 2048), ModelCard("lora", 2048, None, "base")],
-            id="a-lora-has-its-bases-limit",
-        ),
-        pytest.param(
-            [
-                {"id": "lora", "parent": "base"},
-                {"id": "base", "max_model_len": 2048},
-                {"id": "odd", "parent": "gone"},
-            ],
-            [
-                ModelCard("lora", 2048, None, "base"),
-                ModelCard("base", 2048),
-                ModelCard("odd", None, None, "gone"),
-            ],
-            id="in-any-order",
-        ),
-        pytest.param([{"id": "gateway"}], [ModelCard("gateway")], id="a-gateway-knows-no-limit"),
-        pytest.param([], [], id="none"),
-        pytest.param(
-            [{"id": "a"}, {"id": "a"}],
-            [ModelCard("a"), ModelCard("a")],
-            id="a-gateway-lists-one-for-each-replica",
-        ),
-    ],
-)
-def test_models(web, data, expected):
-    web.get(MODELS_URL, json={"object": "list", "data": data})
-    assert web_client().models() == expected
-
-
-@pytest.mark.parametrize(
-    "payload", [{}, {"data": None}, {"data": [{}]}, {"data": ["parrot"]}, {"data": {"id": "a"}}]
-)
-def test_models_in_another_shape(web, payload):
-    web.get(MODELS_URL, json=payload)
-    error = caught(web_client().models)
-    assert (type(error), str(error)) == (
-        ProtocolError,
-        f"not the list of models vLLM sends: GET {MODELS_URL}{ROOT_ADVICE}",
-    )
-
-
-def test_an_error_in_place_of_the_models_is_one(web):
-    web.get(f"{WEB}/v1/models", json={"error": {"message": "upstream is down", "code": 503}})
-    error = caught(web_client().models)
-    assert (type(error), error.status_code) == (ProviderUnavailableError, 503)
-
-
-def test_a_list_of_prompts_is_not_counted(web):
-    text = (
-        "This model's maximum context length is 2048 tokens. However, you requested 2000 output tokens and your prompt"
-        " contains at least 49 input tokens, for a total of at least 2049 tokens."
-    )
-    web.post(COMPLETIONS_URL, status=400, json={"error": {"message": text, "code": 400}})
-    error = caught(web_client().complete, ["a", "b"], max_tokens=2000)
-    assert (type(error), error.limit, error.input_tokens) == (ContextLengthError, 2048, None)
-    assert len(web.calls) == 1
-
-
-def test_detokenize_asks_for_the_models_name_once_more(web):
-    web.get(f"{WEB}/v1/models", json={"data": [{"id": "old"}]})
-    client = web_client(default_model=None)
-    web.post(f"{WEB}/detokenize", json={"prompt": "a"})
-    assert client.detokenize([1]) == "a"
-    web.replace(responses.GET, f"{WEB}/v1/models", json={"data": [{"id": "new"}]})
-    words = {"error": {"message": "The model `old` does not exist.", "code": 404}}
-    web.replace(responses.POST, f"{WEB}/detokenize", status=404, json=words)
-    web.post(f"{WEB}/detokenize", json={"prompt": "b"})
-    assert client.detokenize([1]) == "b"
-    assert [body["model"] for body in sent_bodies(web, f"{WEB}/detokenize")] == [
-        "old",
-        "old",
-        "new",
-    ]
-
-
-# ---- Stream decoder ---------------------------------------------------------
-
-U2028: Final = "\u2028\u2029\x85\x0b\x0c\x1c"
-SSE_CASES: Final = [
-    # the examples of the HTML standard, section 9.2.6
-    pytest.param(
-        b"data: YHOO\ndata: +2\ndata: 10\n\n", ["YHOO\n+2\n10"], id="standard-several-lines"
-    ),
-    pytest.param(
-        b": test stream\n\ndata: first event\nid: 1\n\ndata:second event\nid\n\ndata:  third event",
-        ["first event", "second event"],
-        id="standard-comment-fields-and-an-end-without-a-blank-line",
-    ),
-    pytest.param(b"data\n\ndata\ndata\n\ndata:", ["\n"], id="standard-empty-data"),
-    pytest.param(
-        b"data:test\n\ndata: test\n\n", ["test", "test"], id="standard-one-space-is-dropped"
-    ),
-    pytest.param(
-        b"data:  two\n\ndata:\ttab\n\n", [" two", "\ttab"], id="only-one-and-only-a-space"
-    ),
-    # line ends
-    pytest.param(b"data: a\n\ndata: b\n\n", ["a", "b"], id="lf"),
-    pytest.param(b"data: a\r\n\r\ndata: b\r\n\r\n", ["a", "b"], id="crlf"),
-    pytest.param(b"data: a\r\rdata: b\r\r", ["a", "b"], id="cr"),
-    pytest.param(b"data: a\r\n\ndata: b\n\r\ndata: c\r\r\n", ["a", "b", "c"], id="mixed"),
-    pytest.param(b"data: a\n\r", ["a"], id="lf-then-cr-are-two-ends"),
-    pytest.param(b"data: a\r\ndata: b\r\n\r\n", ["a\nb"], id="crlf-is-one-end"),
-    pytest.param(b"\n\n\r\r\n\ndata: a\n\n\n\n", ["a"], id="blank-lines-are-no-events"),
-    pytest.param(
-        b"data: a\n\ndata: b\rdata: c\n\n", ["a", "b\nc"], id="cr-inside-what-looks-like-one-line"
-    ),
-    pytest.param(
-        f"data: a{U2028}b\n\n".encode(), [f"a{U2028}b"], id="no-other-character-ends-a-line"
-    ),
-    # the byte order mark
-    pytest.param(b"\xef\xbb\xbfdata: a\n\n", ["a"], id="bom"),
-    pytest.param(b"\xef\xbb\xbf\xef\xbb\xbfdata: a\n\ndata: b\n\n", ["b"], id="one-bom"),
-    pytest.param(
-        b"data: a\n\n\xef\xbb\xbfdata: b\n\ndata: c\n\n", ["a", "c"], id="bom-only-at-the-start"
-    ),
-    pytest.param(b"\n\xef\xbb\xbfdata: a\n\ndata: b\n\n", ["b"], id="not-on-the-second-line"),
-    pytest.param(b"data: \xef\xbb\xbfa\n\n", ["\ufeffa"], id="a-bom-in-data-is-data"),
-    # fields
-    pytest.param(b": keep-alive\n\n:\n\n: \n\ndata: a\n\n", ["a"], id="0.29-comments"),
-    pytest.param(b"data: a\n: in between\ndata: b\n\n", ["a\nb"], id="a-comment-inside"),
-    pytest.param(b"event: delta\ndata: a\nid: 1\nretry: 5\n\n", ["a"], id="other-fields"),
-    pytest.param(b"event: ping\n\ndata: a\n\n", ["a"], id="an-event-without-data-is-none"),
-    pytest.param(b"Data: a\n data: b\ndata : c\ndatax: d\nxdata: e\n\n", [], id="names-are-exact"),
-    pytest.param(b"data: a: b\n\n", ["a: b"], id="a-colon-in-data"),
-    pytest.param(b"data: \n\ndata:\n\n", [], id="nothing-in-data"),
-    pytest.param(b"data: data: a\n\n", ["data: a"], id="data-in-data"),
-    # vLLM
-    pytest.param(
-        b'data: {"a": "\\n"}\n\ndata: [DONE]\n\n',
-        ['{"a": "\\n"}', "[DONE]"],
-        id="as-vllm-sends-them",
-    ),
-    pytest.param(
-        "data: こんにちは 🌸🚀é\n\n".encode(), ["こんにちは 🌸🚀é"], id="cuts-inside-a-letter"
-    ),
-    pytest.param(b"data: \xff\xe3\x81a\n\n", ["\ufffd\ufffda"], id="what-is-not-utf-8"),
-    pytest.param(b"data: [DONE]\n", [], id="an-event-ends-with-a-blank-line"),
-    pytest.param(b"data: [DONE]", [], id="and-a-line-with-its-end"),
-    pytest.param(b"", [], id="nothing"),
-]
-
-
-def fed_to(decoder, *pieces):
-    return [event for piece in pieces for event in decoder.feed(piece)]
-
-
-def fed(pieces):
-    return fed_to(_SSEDecoder(), *pieces)
-
-
-@pytest.mark.parametrize(("raw", "events"), SSE_CASES)
-def test_sse(raw, events):
-    assert fed([raw]) == events
-    assert fed(bytes([byte]) for byte in raw) == events
-    assert fed([b"", raw, b""]) == events
-    for cut in range(len(raw) + 1):
-        assert fed([raw[:cut], raw[cut:]]) == events, cut
-    for first, second in itertools.combinations(range(len(raw) + 1), 2):
-        assert fed([raw[:first], raw[first:second], raw[second:]]) == events, (first, second)
-
-
-def test_sse_as_one_stream_of_every_case():
-    """Run the cases that end with a blank line after each other, in pieces of every small size."""
-    cases = [
-        case.values
-        for case in SSE_CASES
-        if case.values[0].endswith((b"\n\n", b"\r\r", b"\r\n\r\n"))
-    ]
-    raw = b"".join(
-        case[0].removeprefix(b"\xef\xbb\xbf")
-        for case in cases
-        if case[0].count(b"\xef\xbb\xbf") < 2
-    )
-    events = [event for case in cases if case[0].count(b"\xef\xbb\xbf") < 2 for event in case[1]]
-    for size in (*range(1, 40), 997, len(raw)):
-        assert fed(raw[start : start + size] for start in range(0, len(raw), size)) == events, size
-
-
-def test_an_event_is_told_as_soon_as_its_blank_line_is_there():
-    decoder = _SSEDecoder()
-    assert [decoder.feed(bytes([byte])) for byte in b"data: a\n\ndata: b\r\r\n"] == [
-        *[[]] * 8,
-        ["a"],
-        *[[]] * 8,
-        ["b"],
-        [],
-    ]
-
-
-PIECE: Final = b"x" * 65536
-BOUND: Final = 64 * 1024 * 1024
-
-
-def test_an_event_of_the_largest_size_is_taken():
-    decoder = _SSEDecoder()
-    room = BOUND - len(b"data: ")
-    decoder.feed(b"data: ")
-    for _ in range(room // len(PIECE)):
-        assert decoder.feed(PIECE) == []
-    decoder.feed(PIECE[: room % len(PIECE)])
-    (event,) = decoder.feed(b"\n\n")
-    assert len(event) == room
-    assert fed_to(decoder, b"data: ne", b"xt\n\n") == ["next"]  # the count starts anew
-
-
-@pytest.mark.parametrize(
-    ("start", "piece"),
-    [
-        pytest.param(b"data: ", PIECE, id="a-line-without-end"),
-        pytest.param(b"", b"data: " + PIECE + b"\n", id="an-event-without-end"),
-        pytest.param(b": ", PIECE, id="a-comment-without-end"),
-        pytest.param(b"", b"data:\n" * 10_000, id="many-empty-lines-of-data"),
-    ],
-)
-def test_a_larger_event_is_refused(start, piece):
-    decoder = _SSEDecoder()
-    decoder.feed(start)
-    for _ in range(BOUND // len(piece) - 1):
-        assert decoder.feed(piece) == []  # not before its time
-    error = caught(lambda: [decoder.feed(piece) for _ in range(BOUND // len(piece) + 1)])
-    assert (type(error), str(error)) == (
-        ProtocolError,
-        f"an event of the stream is larger than {BOUND} bytes",
-    )
-
-
-def test_much_that_is_no_event_is_no_event_too_large():
-    decoder = _SSEDecoder()
-    for _ in range(BOUND // len(PIECE) + 2):
-        assert decoder.feed(b": " + PIECE + b"\n\n") == []
-
-
-# ---- Splitters --------------------------------------------------------------
-
-THINK_CASES: Final = [
-    pytest.param(False, "<think>Hm.</think>4", "4", "Hm.", id="as-usual"),
-    pytest.param(
-        False,
-        "<think>\nHm.\n</think>\n\n4",
-        "\n\n4",
-        "\nHm.\n",
-        id="line-breaks-are-kept-as-a-server-keeps-them",
-    ),
-    pytest.param(False, "4", "4", "", id="no-tag"),
-    pytest.param(False, "", "", "", id="nothing"),
-    pytest.param(False, "<think>Hm", "", "Hm", id="unterminated-is-all-reasoning"),
-    pytest.param(False, "<think>", "", "", id="the-tag-alone"),
-    pytest.param(False, "<think></think>", "", "", id="empty"),
-    pytest.param(False, "<think></think>4", "4", "", id="no-thought"),
-    pytest.param(False, "<thin", "<thin", "", id="half-a-tag-is-text"),
-    pytest.param(False, "<thinking>a</thinking>", "<thinking>a</thinking>", "", id="another-tag"),
-    pytest.param(False, "<b>a</b>", "<b>a</b>", "", id="html"),
-    pytest.param(False, "< think>", "< think>", "", id="not-quite"),
-    pytest.param(False, "<<think>a</think>", "<<think>a</think>", "", id="not-at-the-start"),
-    pytest.param(False, "say <think>a</think>", "say <think>a</think>", "", id="a-mention"),
-    pytest.param(False, "a</think>b", "a</think>b", "", id="only-its-end"),
-    pytest.param(False, "\n<think>a</think>b", "b", "a", id="a-line-break-before"),
-    pytest.param(False, "\n\n<think>a</think>b", "b", "a", id="two-before"),
-    pytest.param(False, "\n\n4", "\n\n4", "", id="line-breaks-of-an-answer-are-kept"),
-    pytest.param(False, "          4", "          4", "", id="so-is-an-indent"),
-    pytest.param(False, "<think>a</thin", "", "a</thin", id="half-an-end"),
-    pytest.param(
-        False, "<think>a</thin k></think>b", "b", "a</thin k>", id="what-only-looks-like-an-end"
-    ),
-    pytest.param(False, "<think>a<</think>b", "b", "a<", id="two-brackets"),
-    pytest.param(False, "<think>a</</think>b", "b", "a</", id="an-end-that-begins-anew"),
-    pytest.param(False, "<think>1 < 2</think>b", "b", "1 < 2", id="less-than"),
-    pytest.param(
-        False, "<think>a</think><think>b</think>c", "<think>b</think>c", "a", id="only-the-first"
-    ),
-    pytest.param(False, "<think>a<think>b</think>c", "c", "a<think>b", id="one-inside"),
-    pytest.param(False, "<think>世界🌸</think>é\u2028", "é\u2028", "世界🌸", id="beyond-ascii"),
-    pytest.param(True, "Hm.\n</think>\n\n4", "\n\n4", "Hm.\n", id="opened-by-the-prompt"),
-    pytest.param(True, "Hm", "", "Hm", id="opened-and-unterminated"),
-    pytest.param(True, "", "", "", id="opened-and-nothing"),
-    pytest.param(True, "</think>4", "4", "", id="opened-and-closed-at-once"),
-    pytest.param(True, "a</think>b</think>c", "b</think>c", "a", id="opened-the-first-end-counts"),
-    pytest.param(True, "a</", "", "a</", id="opened-half-an-end"),
-    pytest.param(
-        True, "<think>a</think>b", "b", "a", id="opened-and-opened-again-as-a-server-drops-it"
-    ),
-    pytest.param(True, "<thin", "", "<thin", id="opened-and-half-a-tag"),
-]
-
-
-def split_by(splitter, pieces):
-    """Return the text, the reasoning and the calls of pieces fed in turn, with the end told after them."""
-    told_parts = [splitter.feed(piece) for piece in pieces] + [splitter.feed("", is_last=True)]
-    texts, reasonings, calls = zip(*told_parts, strict=True)
-    return "".join(texts), "".join(reasonings), list(itertools.chain.from_iterable(calls))
-
-
-def every_cut(text):
-    """Yield a text whole, in single characters, and at every cut and pair of cuts."""
-    yield [text]
-    yield list(text)
-    yield ["", *itertools.chain.from_iterable((character, "") for character in text)]
-    for first, second in itertools.combinations(range(len(text) + 1), 2):
-        yield [text[:first], text[first:second], text[second:]]
-
-
-@pytest.mark.parametrize(("opened", "raw", "text", "reasoning"), THINK_CASES)
-def test_think(opened, raw, text, reasoning):
-    for pieces in every_cut(raw):
-        assert split_by(_ThinkSplitter(opened), pieces) == (text, reasoning, []), pieces
-    assert _ThinkSplitter(opened).feed(raw, is_last=True) == (text, reasoning, [])
-
-
-@pytest.mark.parametrize(
-    "blanks", ["", " ", "\n", "\n\n", "\n \n", "\r\n\r\n", " " * 7, " " * 8, " " * 9, "\n" * 40]
-)
-def test_blanks_before_the_tag_mean_the_same_at_every_cut(blanks):
-    raw = f"{blanks}<think>a</think>b"
-    expected = split_by(_ThinkSplitter(), [raw])
-    assert expected in [("b", "a", []), (blanks + "b", "a", []), (raw, "", [])]
-    for pieces in every_cut(raw):
-        assert split_by(_ThinkSplitter(), pieces) == expected, pieces
-
-
-@pytest.mark.parametrize("opened", [False, True])
-@pytest.mark.parametrize(
-    "raw",
-    ["<think>" + "a</thin" * 9 + "</think>" + "b<" * 9, " " * 30 + "<think>a", "<" * 30, "a" * 30],
-)
-def test_think_holds_back_no_more_than_a_tag(opened, raw):
-    splitter, shown = _ThinkSplitter(opened), 0
-    for fed_so_far, character in enumerate(raw, 1):
-        text, reasoning, _ = splitter.feed(character)
-        shown += len(text) + len(reasoning)
-        markup = len("<think>") * ("<think>" in raw[:fed_so_far]) + len("</think>") * (
-            "</think>" in raw[:fed_so_far]
-        )
-        assert fed_so_far - shown <= len("</think>") + markup
-
-
-CALL_1: Final = [("call_1", "get_weather", '{"city":"Paris"}')]
-HARMONY_CASES: Final = [
-    # captured beside their counterparts from the chat endpoint
-    pytest.param(HARMONY_HELLO, "2 + 2 = 4", "Two plus two equals four.", [], id="captured-2+2"),
-    pytest.param(HARMONY_CALL_TEXT, "", "I need the tool.", CALL_1, id="captured-tools"),
-    pytest.param(
-        "<|channel|>analysis<|message|>Now Rome.<|end|><|start|>assistant to=functions.get_weather<|channel|>commentary"
-        ' json<|message|>{"city":"Rome"}',
-        "",
-        "Now Rome.",
-        [("call_1", "get_weather", '{"city":"Rome"}')],
-        id="captured-two-2-the-recipient-before-the-channel",
-    ),
-    pytest.param(
-        "<|channel|>analysis<|message|>Say it first.<|end|><|start|>assistant<|channel|>commentary<|message|>I will"
-        " check the weather first.<|end|><|start|>assistant<|channel|>commentary to=functions.get_weather "
-        '<|constrain|>json<|message|>{"city":"Paris"}',
-        "I will check the weather first.",
-        "Say it first.",
-        CALL_1,
-        id="captured-preamble-is-text",
-    ),
-    pytest.param("<|channel|>final<|message|>ok", "ok", "", [], id="captured-noanalysis"),
-    pytest.param(
-        "<|channel|>analysis<|message|>JSON.<|end|><|start|>assistant<|channel|>final <|constrain|>json"
-        '<|message|>{"answer": 4}',
-        '{"answer": 4}',
-        "JSON.",
-        [],
-        id="captured-json-constrained-final",
-    ),
-    pytest.param(
-        "<|channel|>analysis<|message|>Use hiragana.<|end|><|start|>assistant<|channel|>final"
-        "<|message|>こんにちは、世界 🌸🚀",
-        "こんにちは、世界 🌸🚀",
-        "Use hiragana.",
-        [],
-        id="captured-japanese",
-    ),
-    # ends, as include_stop_str_in_output shows them
-    pytest.param("<|channel|>final<|message|>ok<|return|>", "ok", "", [], id="return"),
-    pytest.param(HARMONY_CALL_TEXT + "<|call|>", "", "I need the tool.", CALL_1, id="call"),
-    pytest.param("<|channel|>final<|message|>ok<|endoftext|>", "ok", "", [], id="endoftext"),
-    pytest.param(
-        "<|channel|>analysis<|message|>a<|start|>assistant<|channel|>final<|message|>b",
-        "b",
-        "a",
-        [],
-        id="no-end",
-    ),
-    # cut by max_tokens
-    pytest.param(
-        "<|channel|>analysis<|message|>Two plus", "", "Two plus", [], id="cut-in-the-reasoning"
-    ),
-    pytest.param("<|channel|>anal", "", "", [], id="cut-in-a-header"),
-    pytest.param(
-        "<|channel|>analysis<|message|>a<|end|><|start|>assistant<|chan",
-        "",
-        "a",
-        [],
-        id="cut-in-the-next-one",
-    ),
-    pytest.param(
-        "<|channel|>commentary to=functions.get_weather <|constrain|>json<|message|>",
-        "",
-        "",
-        [("call_1", "get_weather", "")],
-        id="cut-before-the-arguments",
-    ),
-    pytest.param(
-        '<|channel|>commentary to=functions.get_weather <|constrain|>json<|message|>{"ci',
-        "",
-        "",
-        [("call_1", "get_weather", '{"ci')],
-        id="cut-in-the-arguments",
-    ),
-    pytest.param(
-        "<|channel|>final<|message|>a<|en", "a<|en", "", [], id="cut-in-what-might-have-been-an-end"
-    ),
-    pytest.param("", "", "", [], id="nothing"),
-    # what only looks like markup
-    pytest.param(
-        "<|channel|>final<|message|>1 <| 2 < 3 <|x|> <",
-        "1 <| 2 < 3 <|x|> <",
-        "",
-        [],
-        id="brackets-are-text",
-    ),
-    pytest.param("<|channel|>final<|message|>a<<|end|>", "a<", "", [], id="two-brackets"),
-    pytest.param(
-        "<|channel|>final<|message|>a<|e<|end|>", "a<|e", "", [], id="an-end-that-begins-anew"
-    ),
-    pytest.param(
-        "<|channel|>final<|message|>to=me <think>",
-        "to=me <think>",
-        "",
-        [],
-        id="a-recipient-in-a-body",
-    ),
-    # two calls, and none of ours
-    pytest.param(
-        "<|channel|>commentary to=functions.f<|message|>{}<|call|><|start|>assistant<|channel|>commentary"
-        " to=functions.g <|constrain|>json<|message|>[]",
-        "",
-        "",
-        [("call_1", "f", "{}"), ("call_2", "g", "[]")],
-        id="two-calls",
-    ),
-    pytest.param(
-        "<|channel|>analysis<|message|>a<|end|><|start|>assistant<|channel|>analysis<|message|>b<|end|><|start|>assistant"
-        "<|channel|>final<|message|>c<|end|><|start|>assistant<|channel|>final<|message|>d",
-        "cd",
-        "ab",
-        [],
-        id="a-channel-twice",
-    ),
-    pytest.param(
-        " <|channel|>final<|message|>\n\nok\n", "\n\nok\n", "", [], id="white-space-is-kept"
-    ),
-]
-
-
-def joined_calls(pieces):
-    """Return the id, name and arguments of the calls that pieces in the shape of a chat delta tell."""
-    calls = {}
-    for piece in pieces:
-        call = calls.setdefault(piece["index"], ["", "", ""])
-        call[0] += piece.get("id", "")
-        call[1] += piece["function"].get("name", "")
-        call[2] += piece["function"].get("arguments", "")
-    return [tuple(call) for _, call in sorted(calls.items())]
-
-
-def harmony_cuts(text):
-    """Yield a text whole, by characters, at every cut, and as the tokens a model writes."""
-    yield [text]
-    yield list(text)
-    yield from ([text[:cut], text[cut:]] for cut in range(len(text) + 1))
-    yield re.findall(r"<\|\w+\|>|\w+|\W", text)
-    for size in range(2, 14):
-        yield [text[start : start + size] for start in range(0, len(text), size)]
-
-
-@pytest.mark.parametrize(("raw", "text", "reasoning", "calls"), HARMONY_CASES)
-def test_harmony(raw, text, reasoning, calls):
-    for pieces in harmony_cuts(raw):
-        found = split_by(_HarmonySplitter(), pieces)
-        assert (*found[:2], joined_calls(found[2])) == (text, reasoning, calls), pieces
-    found = _HarmonySplitter().feed(raw, is_last=True)
-    assert (*found[:2], joined_calls(found[2])) == (text, reasoning, calls)
-
-
-def test_harmony_shows_a_body_as_it_comes():
-    splitter = _HarmonySplitter()
-    pieces = [
-        "<|channel|>",
-        "analysis",
-        "<|message|>",
-        "Two",
-        " plus",
-        "<|end|>",
-        "<|start|>",
-        "assistant",
-    ]
-    pieces += ["<|channel|>", "final", "<|message|>", "4", ""]
-    told_parts = [splitter.feed(piece)[:2] for piece in pieces]
-    assert [part for part in told_parts if part != ("", "")] == [
-        ("", "Two"),
-        ("", " plus"),
-        ("4", ""),
-    ]
-
-
-def test_harmony_holds_back_no_more_of_a_body_than_a_tag():
-    head, raw = "<|channel|>final<|message|>", "a<|endoftex" * 9 + "b<" * 9
-    splitter, shown = _HarmonySplitter(), 0
-    splitter.feed(head)
-    for count, character in enumerate(raw, 1):
-        shown += len(splitter.feed(character)[0])
-        assert count - shown < len("<|endoftext|>")
-
-
-@pytest.mark.parametrize("cut", [None, 1])
-def test_harmony_leaves_a_text_without_any_markup_alone(cut):
-    pieces = ["2 + 2 = 4"] if cut is None else list("2 + 2 = 4")
-    assert split_by(_HarmonySplitter(), pieces) == ("2 + 2 = 4", "", [])
-
-
-# ---- A real server ----------------------------------------------------------
-
-
-@pytest.fixture
-def live():
-    """A client of the server that the environment names."""
-    with VLLMClient(os.environ["VLLM_LIVE_URL"]) as client:
-        yield client
-
-
-@pytest.mark.live
-@pytest.mark.parametrize("method", ["complete", "chat"])
-def test_live_logprobs_have_one_shape(live, method):
-    reply = getattr(live, method)(
-        "What is 2+2?", temperature=0, max_tokens=8, logprobs=2, return_token_ids=True
-    )
-    assert len(reply.logprobs) == len(reply.choices[0].token_ids) == reply.usage.output_tokens > 0
-    for one, token_id in zip(reply.logprobs, reply.choices[0].token_ids, strict=True):
-        assert 0 < one.probability <= 1
-        assert one.token_id == token_id
-        assert one.top == tuple(sorted(one.top, key=lambda other: -other.logprob))
-        assert 1 <= len(one.top) <= 2
-
-
-@pytest.mark.live
-@pytest.mark.parametrize("method", ["complete", "chat"])
-def test_live_prompt_too_long(live, method):
-    limit = live.models()[0].max_model_len
-    error = caught(getattr(live, method), "hello " * (limit + 50), max_tokens=1)
-    assert (type(error), error.limit) == (ContextLengthError, limit)
-    assert error.input_tokens > limit
-
-
-@pytest.mark.live
-@pytest.mark.parametrize("method", ["complete", "chat"])
-def test_live_max_tokens_too_large(live, caplog, method):
-    limit = live.models()[0].max_model_len
-    reply = getattr(live, method)("What is 2+2?", temperature=0, max_tokens=limit + 1, stop=["4"])
-    assert reply.finish_reason in ("stop", "length")
-    assert [record.levelname for record in caplog.records if record.name == "vllm_provider"] == [
-        "WARNING"
-    ]
-
-
-@pytest.mark.live
-def test_live_errors_have_their_kind(live):
-    assert type(caught(live.chat, "Hi", temperature=-1)) is InvalidRequestError
-    assert type(caught(live.chat, "Hi", model="nope")) is NotFoundError
-    error = caught(list, live.stream_complete("Hi", logprobs=500))
-    assert str(error).endswith("; ask for fewer, or start vLLM with --max-logprobs N")
-
-
-# ---- Transport: what the tests share ----------------------------------------
-
 PROMPT: Final = "The capital of France is"
 NEVER: Final = 30.0  # seconds: a limit that no test reaches
 IN_TIME: Final = 3.0  # seconds: what "at once" may take on a busy machine
+LIMIT: Final = 0.15  # seconds: the limit that is to hold
 VLLM_LIVE_URL: Final = os.environ.get("VLLM_LIVE_URL", "")
 
-# Self-signed for 127.0.0.1, localhost and vllm.test, valid from 2020 to 2120; the key is no secret.
+# Self-signed for 127.0.0.1, localhost and vllm.test, valid from 2020 to 2120; no secret.
 TLS_CERTIFICATE: Final = """\
 -----BEGIN CERTIFICATE-----
 MIIBgTCCASagAwIBAgIBATAKBggqhkjOPQQDAjATMREwDwYDVQQDDAhzdGFuZC1p
@@ -6424,48 +2102,81 @@ GMCjMI+ILoSWcjKzEV0xgLsAO4s2Lhqne2/Q2SSui4IBQ7lfSKqP4Ndn
 """
 
 
-def text_event(text: str, **more: Any) -> dict[str, Any]:
-    """Return an event of `/v1/completions` with its least fields."""
-    return {"choices": [{"index": 0, "text": text, **more}]}
+def text_event(text: str, **fields: Any) -> dict[str, Any]:
+    """Return a reply, or an event, of `/v1/completions` with its least fields."""
+    return {"choices": [{"index": 0, "text": text, **fields}]}
+
+
+def error_payload(message: str, code: int = 400) -> dict[str, Any]:
+    """Return an error as vLLM sends it since 0.10.1."""
+    return {"error": {"message": message, "type": "Error", "param": None, "code": code}}
+
+
+def model_list(*names: str, **fields: Any) -> dict[str, Any]:
+    """Return a reply of `/v1/models`."""
+    cards = [{"id": name, "object": "model", **fields} for name in names]
+    return {"object": "list", "data": cards}
+
+
+def generate(client: VLLMClient, is_stream: bool, prompt: Any = "x", **params: Any) -> list[Any]:
+    """Return the deltas of a completion, or its choices where it is not streamed."""
+    if is_stream:
+        return list(client.stream_complete(prompt, **params))
+    return list(client.complete(prompt, **params).choices)
+
+
+def texts_of(parts: Iterable[Any]) -> list[str]:
+    return [part.text for part in parts]
+
+
+def wait_until(is_so: Callable[[], object], timeout_s: float = 10.0) -> None:
+    give_up_at = time.monotonic() + timeout_s
+    while not is_so():
+        assert time.monotonic() < give_up_at, "it has not happened in time"
+        time.sleep(0.001)
+
+
+@contextlib.contextmanager
+def at_once(limit_s: float = 0.9) -> Iterator[None]:
+    """Fail where the block takes longer."""
+    started_at = time.monotonic()
+    yield
+    assert time.monotonic() - started_at < limit_s
+
+
+@contextlib.contextmanager
+def after_limit() -> Iterator[None]:
+    """Fail where the block ends before LIMIT, or much later."""
+    started_at = time.monotonic()
+    yield
+    assert LIMIT * 0.9 <= time.monotonic() - started_at < IN_TIME
 
 
 class InThread:
-    """A function at work in a thread of its own."""
+    """A function that runs in a thread of its own."""
 
-    def __init__(self, function: Callable[..., Any], *args: Any) -> None:
+    def __init__(self, function: Callable[..., Any], *args: Any, **options: Any) -> None:
         self._outcome: queue.Queue[Any] = queue.Queue()
-        self._thread = threading.Thread(target=self._run, args=(function, *args), daemon=True)
+        self._thread = threading.Thread(
+            target=self._run, args=(function, args, options), daemon=True
+        )
         self._thread.start()
 
-    def _run(self, function: Callable[..., Any], *args: Any) -> None:
+    def _run(self, function: Callable[..., Any], args: Any, options: Any) -> None:
         try:
-            self._outcome.put(function(*args))
+            self._outcome.put(function(*args, **options))
         except BaseException as error:  # noqa: BLE001 - it is the outcome
             self._outcome.put(error)
 
-    def is_at_work(self) -> bool:
+    def is_running(self) -> bool:
         return self._thread.is_alive()
 
     def outcome(self, timeout_s: float = 10.0) -> Any:
         """Return what the function returned or raised, once its thread has ended."""
         outcome = self._outcome.get(timeout=timeout_s)
         self._thread.join(timeout_s)
-        assert not self._thread.is_alive()
+        assert not self.is_running()
         return outcome
-
-
-def wait_until(is_so: Callable[[], object], timeout_s: float = 10.0) -> None:
-    ends = time.monotonic() + timeout_s
-    while not is_so():
-        assert time.monotonic() < ends, "it has not come about in time"
-        time.sleep(0.001)
-
-
-def error_of(function: Callable[..., Any], *args: Any, **options: Any) -> VLLMError:
-    """Return the error that a call must end in."""
-    with pytest.raises(VLLMError) as caught:
-        function(*args, **options)
-    return caught.value
 
 
 @pytest.fixture
@@ -6475,70 +2186,93 @@ def server() -> Iterator[StandIn]:
 
 
 @pytest.fixture
-def connect(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., VLLMClient]]:
-    """Return a function that makes a client of a StandIn or a URL, in an environment that names no proxy."""
-    for name in (
-        "http_proxy",
-        "https_proxy",
-        "all_proxy",
-        "no_proxy",
-        "requests_ca_bundle",
-        "curl_ca_bundle",
-        "netrc",
-    ):
+def tls(request: pytest.FixtureRequest) -> bool:
+    """Return whether the fixture `either_server` speaks TLS."""
+    return bool(request.param)
+
+
+@pytest.fixture
+def either_server(tls: bool, tls_files: tuple[str, str]) -> Iterator[StandIn]:
+    with StandIn(tls=tls_files if tls else None) as one:
+        yield one
+
+
+@pytest.fixture
+def tls_server(tls_files: tuple[str, str]) -> Iterator[StandIn]:
+    with StandIn(tls=tls_files) as one:
+        yield one
+
+
+@pytest.fixture
+def connect(
+    monkeypatch: pytest.MonkeyPatch, tls_files: tuple[str, str]
+) -> Iterator[Callable[..., VLLMClient]]:
+    """Return a function that makes a client of a StandIn or a URL; it retries fast.
+
+    The environment names no proxy, and the stand-in's certificate is trusted.
+    """
+    for name in ("http_proxy", "https_proxy", "all_proxy", "no_proxy"):
         monkeypatch.delenv(name, raising=False)
         monkeypatch.delenv(name.upper(), raising=False)
+    for name in ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "NETRC"):
+        monkeypatch.delenv(name, raising=False)
+
     with contextlib.ExitStack() as stack:
 
         def make(server: StandIn | str, **settings: Any) -> VLLMClient:
             url = server if isinstance(server, str) else server.url
-            return stack.enter_context(VLLMClient(url, **{"default_model": MODEL, **settings}))
+            defaults = {"default_model": MODEL, "min_retry_delay": 0.01}
+            if url.startswith("https"):
+                defaults["verify"] = tls_files[0]
+            return stack.enter_context(VLLMClient(url, **{**defaults, **settings}))
 
         yield make
 
 
-class Pauses(list[float]):
-    """The seconds of the pauses taken; `on_pause` is called in each."""
+class Retries(logging.Handler):
+    """The pauses before retries, in seconds; `on_retry` is called before each."""
 
-    on_pause: Callable[[], object] = staticmethod(lambda: None)
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.pauses: list[float] = []
+        self.on_retry: Callable[[], object] = lambda: None
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.msg.startswith("retry"):
+            self.pauses.append(record.args[2])
+            self.on_retry()
 
 
 @pytest.fixture
-def pauses(monkeypatch: pytest.MonkeyPatch) -> Pauses:
-    """Return the pauses between attempts: none is slept, and the random part of each is at its longest."""
-    taken = Pauses()
-
-    class Wakeups(queue.SimpleQueue):
-        def get(self, block: bool = True, timeout: float | None = None) -> Any:
-            if "watch" in threading.current_thread().name:
-                return super().get(block, timeout)
-            taken.append(timeout)
-            taken.on_pause()
-            return super().get(block=False)
-
-    monkeypatch.setattr(queue, "SimpleQueue", Wakeups)
-    monkeypatch.setattr(random, "uniform", lambda _low, high: high)
-    return taken
+def retries() -> Iterator[Retries]:
+    handler = Retries()
+    vllm_provider.logger.addHandler(handler)
+    yield handler
+    vllm_provider.logger.removeHandler(handler)
 
 
 @pytest.fixture(scope="session")
 def tls_files(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
     """Return the paths of the certificate and of its key."""
     folder = tmp_path_factory.mktemp("tls")
-    for name, text in (("cert.pem", TLS_CERTIFICATE), ("key.pem", TLS_KEY)):
-        (folder / name).write_text(text)
+    (folder / "cert.pem").write_text(TLS_CERTIFICATE)
+    (folder / "key.pem").write_text(TLS_KEY)
     return str(folder / "cert.pem"), str(folder / "key.pem")
 
 
 @pytest.fixture
-def vllm_test_host(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the names vllm.test and other.test stand for this machine, which no rule for loopback knows."""
+def test_hosts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let vllm.test and other.test be this machine, which no rule for loopback knows."""
     look_up = socket.getaddrinfo
 
     def getaddrinfo(host: Any, *args: Any, **options: Any) -> Any:
         return look_up("127.0.0.1" if str(host).endswith(".test") else host, *args, **options)
 
     monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+
+
+def port_of(server: StandIn) -> int:
+    return int(server.url.rpartition(":")[2])
 
 
 def url_of(listener: socket.socket, scheme: str = "http") -> str:
@@ -6551,484 +2285,18 @@ def closed_port() -> int:
         return one.getsockname()[1]
 
 
-# ---- Transport: streams -----------------------------------------------------
+def send_and_close(raw: bytes) -> Step:
+    """Return a step that sends `raw` and closes the connection."""
+    return lambda connection: (connection.send(raw), connection.close())
 
 
-def test_a_stream_of_completions(server, connect):
-    stream = connect(server).stream_complete(PROMPT, max_tokens=9)
-    assert stream.completion.total_s is None
-    texts, deltas = [], []
-    for delta in stream:
-        deltas.append(delta)
-        texts.append(stream.completion.text)
-    assert deltas == [Delta(text=" Paris"), Delta(text="."), Delta(finish_reason="stop")]
-    assert texts == [" Paris", " Paris.", " Paris."]
-    whole = stream.completion
-    assert whole.choices == (Choice(text=" Paris.", finish_reason="stop"),)
-    assert whole.usage == Usage(5, 3, 8, cached_tokens=0)
-    assert whole.id == f"cmpl-{whole.request_id}-1"
-    assert (whole.model, whole.payload["object"], "choices" in whole.payload) == (
-        MODEL,
-        "text_completion",
-        False,
-    )
-    assert 0 < whole.first_token_s <= whole.total_s < IN_TIME
-    assert whole.total_s == stream.completion.total_s
-    sent = {
-        "model": MODEL,
-        "prompt": PROMPT,
-        "max_tokens": 9,
-        "stream": True,
-        "stream_options": {"include_usage": True},
-    }
-    assert server.requests[0].body == sent
+def echo_prompt(connection: Connection) -> None:
+    """Answer with the prompt: a swapped answer shows."""
+    connection.pause(0.005)
+    connection.send(reply(200, text_event(connection.request.body["prompt"])))
 
 
-def test_a_stream_of_chat(server, connect):
-    with connect(server).stream_chat("What is 2+2?") as stream:
-        deltas = list(stream)
-    assert "".join(delta.text for delta in deltas) == stream.completion.text == "\n\n2 + 2 = 4"
-    assert "".join(delta.reasoning for delta in deltas) == stream.completion.reasoning
-    assert stream.completion.reasoning == "\nTwo plus two equals four.\n"
-    assert stream.completion.finish_reason == "stop"
-    assert stream.completion.usage.reasoning_tokens == 8
-    assert [request.path for request in server.requests] == ["/v1/chat/completions"]
-
-
-def test_first_token_is_not_the_role(server, connect):
-    role = {"choices": [{"index": 0, "delta": {"role": "assistant", "content": ""}}]}
-    word = {"choices": [{"index": 0, "delta": {"content": "Hi"}}]}
-    is_role_sent = threading.Event()
-
-    def step(connection: Connection) -> None:
-        connection.send(SSE_HEAD + chunk(role))
-        is_role_sent.set()
-        connection.pause(0.1)
-        connection.send(chunk(word) + chunk("[DONE]") + LAST_CHUNK)
-
-    server.script(step)
-    stream = connect(server).stream_chat("Hello")
-    assert list(stream) == [Delta(text="Hi")]
-    assert stream.completion.first_token_s >= 0.1
-
-
-def test_entering_a_stream_sends_the_request_and_loses_nothing(server, connect):
-    stream = connect(server).stream_complete(PROMPT)
-    assert server.requests == []
-    with stream:
-        assert len(server.requests) == 1
-        assert [delta.text for delta in stream] == [" Paris", ".", ""]
-
-
-def test_entering_a_stream_raises_what_is_wrong(server, connect):
-    with pytest.raises(InvalidRequestError, match="non-empty"), connect(server).stream_complete(""):
-        pytest.fail("entered")
-
-
-CUT_EVENTS: Final = [
-    text_event("a"),
-    text_event("é"),
-    text_event("c", finish_reason="stop"),
-    "[DONE]",
-]
-CUT_RAW: Final = [
-    b"data: "
-    + (e if isinstance(e, str) else json.dumps(e, separators=(",", ":"))).encode()
-    + b"\n\n"
-    for e in CUT_EVENTS
-]
-CUT_BODY: Final = b"".join(CUT_RAW)
-PLAIN_HEAD: Final = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream; charset=utf-8\r\n"
-LENGTH_HEAD: Final = PLAIN_HEAD + b"content-length: %d\r\n\r\n" % len(CUT_BODY)
-
-
-@pytest.mark.parametrize(
-    ("head", "pieces", "step_size"),
-    [
-        pytest.param(SSE_HEAD, CUT_RAW, 1, id="chunked-as-vllm-does"),
-        pytest.param(
-            SSE_HEAD, [b"".join(CUT_RAW[:2]), b"".join(CUT_RAW[2:])], 3, id="two-events-in-a-chunk"
-        ),
-        pytest.param(SSE_HEAD, [bytes([byte]) for byte in CUT_BODY], 7, id="a-chunk-for-each-byte"),
-        pytest.param(PLAIN_HEAD + b"connection: close\r\n\r\n", None, 1, id="until-it-closes"),
-        pytest.param(LENGTH_HEAD, None, 3, id="content-length"),
-    ],
-)
-def test_a_stream_cut_at_every_byte_keeps_its_whole_events(
-    server, connect, head, pieces, step_size
-):
-    client = connect(server, max_retries=0)
-    body = CUT_BODY if pieces is None else b"".join(map(chunk, pieces))
-    for size in range(0, len(body) + 1, step_size):
-
-        def step(connection: Connection, raw: bytes = head + body[:size]) -> None:
-            connection.send(raw)
-            connection.close()
-
-        surely, at_most = (
-            (body[:size].count(b"\n\n"),) * 2 if pieces is None else _events_in_chunks(body[:size])
-        )
-        server.script(step)
-        stream, texts, error = client.stream_complete("x"), [], None
-        try:
-            texts.extend(delta.text for delta in stream)
-        except StreamError as broken:
-            error = broken
-        if error is None:
-            assert at_most >= 3, size  # [DONE] counts without its blank line
-        else:
-            assert surely < len(CUT_EVENTS), size
-            assert (error.retryable, error.request_id) == (True, stream.completion.request_id)
-            assert error.partial == stream.completion
-        assert min(surely, 3) <= len(texts) <= at_most, size
-        assert texts == ["a", "é", "c"][: len(texts)], size
-        assert stream.completion.text == "".join(texts), size
-        assert len(server.requests) == 1, size
-        server.requests.clear()
-
-
-def _events_in_chunks(raw: bytes) -> tuple[int, int]:
-    """Return how many events the whole chunks of a body hold, and how many with those in a chunk that is cut."""
-    whole = data = b""
-    while b"\r\n" in raw:
-        line, _, rest = raw.partition(b"\r\n")
-        size = int(line, 16)
-        data += rest[:size]
-        whole, raw = data if len(rest) >= size + 2 else whole, rest[size + 2 :]
-    return whole.count(b"\n\n"), data.count(b"\n\n")
-
-
-@pytest.mark.parametrize("size", [pytest.param(size, id=f"{size}-of-7") for size in range(-7, 0)])
-def test_an_event_is_not_lost_with_the_end_of_its_chunk(server, connect, size):
-    """The end is its last newline, its CRLF, and the last chunk's size; only the newline belongs to the event."""
-    raw = SSE_HEAD + chunk(CUT_RAW[0] + CUT_RAW[1]) + b"0\r\n\r"
-    server.script(lambda connection: (connection.send(raw[:size]), connection.close()))
-    stream = connect(server).stream_complete("x")
-    assert type(error_of(list, stream)) is StreamError
-    assert stream.completion.text == ("a" if size == -7 else "aé")
-
-
-def _framed(start: bytes = b"", end: bytes = b"", last: bytes = LAST_CHUNK) -> bytes:
-    """Return a chunked reply whose sizes have something before and after them."""
-    return (
-        SSE_HEAD
-        + b"".join(start + b"%X" % len(raw) + end + b"\r\n" + raw + b"\r\n" for raw in CUT_RAW)
-        + last
-    )
-
-
-@pytest.mark.parametrize(
-    "raw",
-    [
-        pytest.param(_framed(), id="capital-digits"),
-        pytest.param(_framed(start=b"000"), id="leading-zeros"),
-        pytest.param(_framed(end=b';name="a value"'), id="extensions"),
-        pytest.param(_framed(end=b" "), id="spaces"),
-        pytest.param(_framed(last=b"000;a=b\r\n\r\n"), id="last-chunk-with-zeros"),
-        pytest.param(_framed(last=b"0\r\nX-Checksum: 1\r\n\r\n"), id="trailers"),
-        pytest.param(
-            SSE_HEAD + chunk(b": " + b"a" * 50_000 + b"\n\n" + CUT_BODY) + LAST_CHUNK,
-            id="larger-than-a-buffer",
-        ),
-        pytest.param(
-            SSE_HEAD + b"".join(chunk(bytes([byte])) for byte in CUT_BODY) + LAST_CHUNK,
-            id="a-byte-each",
-        ),
-    ],
-)
-def test_a_stream_in_any_chunks_leaves_its_connection(server, connect, raw):
-    client = connect(server)
-    server.script(raw, raw)
-    for _ in range(2):
-        assert [delta.text for delta in client.stream_complete("x")] == ["a", "é", "c"]
-    assert [request.connection for request in server.requests] == [1, 1]
-
-
-@pytest.mark.parametrize("size", [b"", b"g", b"-1", b"1e", b"0x5", b"+5", b"5 5", b"f" * 30])
-def test_a_chunk_without_a_size_is_where_the_reply_breaks_off(server, connect, size):
-    raw = SSE_HEAD + chunk(text_event("a")) + size + b"\r\nx\r\n"
-    server.script(lambda connection: (connection.send(raw), connection.close()))
-    error = error_of(list, connect(server).stream_complete("x"))
-    assert (type(error), error.partial.text) == (StreamError, "a")
-    assert str(error).startswith(f"the reply broke off: POST {server.url}/v1/completions: ")
-
-
-@pytest.mark.parametrize(
-    "framing",
-    [pytest.param(_framed(), id="chunked"), pytest.param(LENGTH_HEAD + CUT_BODY, id="length")],
-)
-def test_a_stream_is_the_same_however_tcp_cuts_it(server, connect, framing):
-    client = connect(server)
-    for size in range(1, len(framing), 5):
-        head, tail = framing[:size], framing[size:]
-        server.script(
-            lambda connection, a=head, b=tail: (
-                connection.send(a),
-                connection.pause(0.001),
-                connection.send(b),
-            )
-        )
-        assert [delta.text for delta in client.stream_complete("x")] == ["a", "é", "c"], size
-    assert {request.connection for request in server.requests} == {1}
-
-
-def test_a_reset_stream_keeps_what_had_arrived(server, connect):
-    has_read = threading.Event()
-
-    def step(connection: Connection) -> None:
-        connection.send(SSE_HEAD + chunk(text_event("a")))
-        has_read.wait(IN_TIME)
-        connection.reset()
-
-    server.script(step)
-    stream = connect(server).stream_complete("x")
-    assert next(stream).text == "a"
-    has_read.set()
-    error = error_of(next, stream)
-    assert type(error) is StreamError
-    assert (
-        str(error)
-        == f"the reply broke off: POST {server.url}/v1/completions: connection reset by peer"
-    )
-    assert error.partial.text == "a"
-    assert len(server.requests) == 1
-
-
-@pytest.mark.parametrize(
-    ("told", "kind", "message"),
-    [
-        pytest.param(
-            {
-                "error": {
-                    "message": "bad logit_bias",
-                    "type": "BadRequestError",
-                    "param": None,
-                    "code": 400,
-                }
-            },
-            InvalidRequestError,
-            "400 'bad logit_bias': POST {url}/v1/completions",
-            id="flat",
-        ),
-        pytest.param(
-            {"error": {"message": "", "type": "InternalServerError", "param": None, "code": 500}},
-            ProviderUnavailableError,
-            "500 (no message): POST {url}/v1/completions",
-            id="no-words",
-        ),
-    ],
-)
-def test_an_error_inside_a_stream_is_raised_with_what_came_before(
-    server, connect, told, kind, message
-):
-    server.script(sse(text_event("a"), text_event("b"), told))
-    stream = connect(server).stream_complete("x")
-    assert [next(stream).text, next(stream).text] == ["a", "b"]
-    error = error_of(next, stream)
-    assert type(error) is kind
-    assert str(error) == message.format(url=server.url)
-    assert error.partial.text == "ab"
-    assert len(server.requests) == 1
-
-
-@pytest.mark.parametrize(
-    ("raw", "message"),
-    [
-        pytest.param(
-            sse(done=True),
-            "the stream ended without any output: POST {url}/v1/completions; look at the server's log",
-            id="done-and-nothing-else",
-        ),
-        pytest.param(
-            sse({"choices": [], "usage": {"prompt_tokens": 1, "completion_tokens": 0}}),
-            "the stream ended without any output: POST {url}/v1/completions; look at the server's log",
-            id="done-and-usage-alone",
-        ),
-        pytest.param(
-            sse(text_event("a"), done=False),
-            "the stream ended without [DONE]: POST {url}/v1/completions; was the server or a proxy stopped?",
-            id="output-without-done",
-        ),
-        pytest.param(
-            sse(done=False),
-            "the stream ended without [DONE]: POST {url}/v1/completions; was the server or a proxy stopped?",
-            id="empty",
-        ),
-    ],
-)
-def test_a_stream_that_is_not_whole(server, connect, raw, message):
-    server.script(raw)
-    error = error_of(list, connect(server).stream_complete("x"))
-    assert type(error) is StreamError
-    assert str(error) == message.format(url=server.url)
-    assert error.partial.text == ("a" if b'"a"' in raw else "")
-
-
-def test_a_stream_may_end_with_a_reason_and_no_text(server, connect):
-    server.script(sse(text_event("", finish_reason="stop")))
-    assert list(connect(server).stream_complete("x")) == [Delta(finish_reason="stop")]
-
-
-@pytest.mark.parametrize(
-    "is_stream",
-    [pytest.param(True, id="gateway-that-cannot-stream"), pytest.param(False, id="plain")],
-)
-def test_a_whole_reply(server, connect, is_stream):
-    payload = {"id": "cmpl-1", "model": "m", **text_event(" Paris.", finish_reason="stop")}
-    server.script(reply(200, payload))
-    client = connect(server)
-    if is_stream:
-        stream = client.stream_complete(PROMPT)
-        assert list(stream) == [Delta(text=" Paris.", finish_reason="stop")]
-        completion = stream.completion
-    else:
-        completion = client.complete(PROMPT)
-    assert (completion.id, completion.model, completion.text, completion.payload) == (
-        "cmpl-1",
-        "m",
-        " Paris.",
-        payload,
-    )
-    assert 0 < completion.total_s < IN_TIME
-    assert ("stream" in server.requests[0].body) is is_stream
-
-
-# ---- Transport: replies that are not vLLM's ---------------------------------
-
-ADVICE: Final = "is base_url the server's root, and is it vLLM? (curl BASE_URL/v1/models)"
-NESTED: Final = b'{"choices": ' + b"[" * 100_000
-PAYLOAD: Final = json.dumps(text_event("a")).encode()
-
-
-@pytest.mark.parametrize(
-    "is_stream", [pytest.param(True, id="stream"), pytest.param(False, id="plain")]
-)
-@pytest.mark.parametrize(
-    ("raw", "message"),
-    [
-        pytest.param(
-            reply(200, "<html>\n<h1>Welcome to nginx!</h1>", {"Content-Type": "text/html"}),
-            "not the JSON vLLM sends: {where}: '<html> <h1>Welcome to nginx!</h1>'; {advice}",
-            id="html",
-        ),
-        pytest.param(
-            reply(200, b"", {"Content-Type": "application/json"}),
-            "not the JSON vLLM sends: {where}: ''; {advice}",
-            id="empty",
-        ),
-        pytest.param(
-            reply(200, PAYLOAD[:-3]),
-            "not the JSON vLLM sends: {where}: '{quoted}'; {advice}",
-            id="truncated-json",
-        ),
-        pytest.param(
-            reply(200, [1]),
-            "not the JSON vLLM sends: {where}: '[1]'; {advice}",
-            id="json-of-another-kind",
-        ),
-        pytest.param(
-            reply(200, NESTED),
-            "not the JSON vLLM sends: {where}: '{nested}…'; {advice}",
-            id="nested-beyond-recursion",
-        ),
-        pytest.param(
-            sse("<html>"),
-            "not the JSON vLLM sends: {where}: '<html>'; {advice}",
-            id="event-that-is-not-json",
-        ),
-        pytest.param(
-            sse(NESTED.decode()),
-            "not the JSON vLLM sends: {where}: '{nested}…'; {advice}",
-            id="event-nested-beyond-recursion",
-        ),
-        pytest.param(
-            reply(200, zlib.compress(PAYLOAD, wbits=31), {"Content-Encoding": "gzip"}),
-            "the reply is encoded as 'gzip', which was not requested: {where}",
-            id="gzip",
-        ),
-        pytest.param(
-            sse(text_event("a")).replace(b"vary: Origin", b"content-encoding: gzip"),
-            "the reply is encoded as 'gzip', which was not requested: {where}",
-            id="gzip-stream",
-        ),
-        pytest.param(
-            reply(200, text_event(["a"])),
-            "not the shape vLLM sends (TypeError: string argument expected, got 'list'): {where}",
-            id="text-that-is-a-list",
-        ),
-    ],
-)
-def test_replies_that_are_not_vllms(server, connect, raw, message, is_stream):
-    server.script(raw)
-    client = connect(server)
-    ask = client.stream_complete if is_stream else client.complete
-    error = error_of(lambda: list(ask("x")))
-    assert type(error) is ProtocolError
-    where, quoted, nested = (
-        f"POST {server.url}/v1/completions",
-        PAYLOAD[:-3].decode(),
-        NESTED[:200].decode(),
-    )
-    assert str(error) == message.format(where=where, advice=ADVICE, quoted=quoted, nested=nested)
-    assert (error.retryable, error.status_code, error.partial.text) == (False, None, "")
-    assert error.request_id == server.requests[0].headers["X-Request-Id"].removesuffix("-1")
-    assert len(server.requests) == 1
-
-
-def test_a_reply_may_not_be_larger_than_its_limit(server, connect, monkeypatch):
-    monkeypatch.setattr(vllm_provider, "MAX_REPLY_BYTES", 100_000)
-    client = connect(server)
-    server.script(reply(200, text_event("a" * 99_000)), reply(200, text_event("a" * 100_000)))
-    assert len(client.complete("x").text) == 99_000
-    error = error_of(client.complete, "x")
-    assert type(error) is ProtocolError
-    assert str(error) == f"the reply is larger than 100000 bytes: POST {server.url}/v1/completions"
-    assert server.aborted.empty()
-
-
-def test_a_stream_has_no_limit_in_total(server, connect, monkeypatch):
-    monkeypatch.setattr(vllm_provider, "MAX_REPLY_BYTES", 1000)
-    server.script(sse(*[text_event("a" * 500)] * 9))
-    assert len("".join(delta.text for delta in connect(server).stream_complete("x"))) == 4500
-
-
-@pytest.mark.parametrize(
-    "rest",
-    [
-        pytest.param(chunk(b"data: " + b"b" * 1000), id="a-line-that-does-not-end"),
-        pytest.param(chunk(b"data: bbbbbbbb\n" * 100), id="an-event-that-does-not-end"),
-        pytest.param(chunk(b": bbbbb") + chunk(b"b" * 1000), id="a-comment-that-does-not-end"),
-    ],
-)
-def test_an_event_may_not_be_larger_than_its_limit(server, connect, monkeypatch, rest):
-    monkeypatch.setattr(vllm_provider, "MAX_EVENT_BYTES", 1000)
-    server.script(stall(SSE_HEAD + chunk(text_event("a")) + rest))
-    error = error_of(list, connect(server).stream_complete("x"))
-    assert type(error) is ProtocolError
-    assert "an event of the stream is larger than 1000 bytes" in str(error)
-    assert error.partial.text == "a"
-    server.aborted.get(timeout=IN_TIME)
-
-
-def test_a_server_that_does_not_speak_http(server, connect):
-    server.script(
-        lambda connection: (connection.send(b"SSH-2.0-OpenSSH_9.6\r\n"), connection.close())
-    )
-    error = error_of(connect(server).complete, "x")
-    assert type(error) is ProtocolError
-    where = f"POST {server.url}/v1/completions"
-    assert (
-        str(error)
-        == f"not an HTTP reply: {where}: 'SSH-2.0-OpenSSH_9.6'; is it vLLM's port, and http there?"
-    )
-
-
-# ---- Transport: time --------------------------------------------------------
-
-LIMIT: Final = 0.15  # seconds: the limit that is to hold
-
-
-def _trickle(count: int, piece: bytes, first: bytes = b"", every_s: float = 0.02) -> Step:
+def repeat(piece: bytes, first: bytes = SSE_HEAD, every_s: float = 0.02, count: int = 500) -> Step:
     """Return a step that sends `first`, then `piece` so many times, with pauses."""
 
     def step(connection: Connection) -> None:
@@ -7041,172 +2309,1047 @@ def _trickle(count: int, piece: bytes, first: bytes = b"", every_s: float = 0.02
     return step
 
 
-TRANSPORT_ROLE: Final = chunk(
-    {"choices": [{"index": 0, "delta": {"role": "assistant", "content": ""}}]}
-)
-NO_REPLY: Final = (
-    "no reply within 0.15 s: POST {url}/v1/completions; raise timeout, or ask for fewer tokens"
-)
-SILENT: Final = "no data for 0.15 s in the middle of a reply: POST {url}/v1/completions; raise stream_idle_timeout, or see if a proxy buffers"
-TOO_LATE: Final = "deadline of 0.15 s reached: POST {url}/v1/completions; give the call more time"
+def start_python(code: str, *args: str, cwd: str | None = None) -> subprocess.Popen[str]:
+    """Return a Python that runs `code`, with this vllm_provider to import."""
+    folder = str(Path(vllm_provider.__file__).parent)
+    env = {**os.environ, "PYTHONPATH": folder, "PYTHONDONTWRITEBYTECODE": "1"}
+    command = [sys.executable, "-W", "error", "-c", code, *args]
+    return subprocess.Popen(
+        command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def run_python(code: str, *args: str) -> str:
+    """Return what such a Python prints."""
+    with start_python(code, *args) as process:
+        return process.communicate(timeout=30)[0]
+
+
+# ---- Module identity --------------------------------------------------------
+
+ERROR_TREE: Final = {
+    "VLLMError": ("Exception",),
+    "ConfigurationError": ("VLLMError", "ValueError"),
+    "NetworkError": ("VLLMError",),
+    "LLMTimeoutError": ("VLLMError",),
+    "StreamError": ("VLLMError",),
+    "AbortError": ("VLLMError",),
+    "InvalidToolCallError": ("VLLMError",),
+    "InvalidOutputError": ("VLLMError", "ValueError"),
+    "ProtocolError": ("VLLMError",),
+    "StatusError": ("VLLMError",),
+    "AuthenticationError": ("StatusError",),
+    "AccessDeniedError": ("AuthenticationError",),
+    "NotFoundError": ("StatusError",),
+    "InvalidRequestError": ("StatusError",),
+    "ContextLengthError": ("StatusError",),
+    "RateLimitError": ("StatusError",),
+    "ProviderUnavailableError": ("StatusError",),
+}
+RETRYABLE: Final = {
+    *("NetworkError", "LLMTimeoutError", "StreamError"),
+    *("RateLimitError", "ProviderUnavailableError"),
+}
+PUBLIC: Final = {
+    *ERROR_TREE,
+    *("VLLMConfig", "VLLMClient", "Stream", "Completion", "Choice", "TokenLogprob", "Delta"),
+    *("ToolCall", "Usage", "ModelCard", "Score", "BatchReport", "BenchReport", "to_html"),
+    *("VLLMProvider", "mount", "on_session_ready", "request_options", "main"),
+    *("build_completion_request", "build_chat_request"),
+    *("parse_completion_response", "parse_chat_response"),
+}
+
+
+def module_source() -> str:
+    return Path(vllm_provider.__file__).read_text(encoding="utf-8")
+
+
+def test_all_is_the_public_interface_sorted():
+    assert vllm_provider.__all__ == sorted(PUBLIC)
+
+
+def test_a_class_or_function_is_public_or_starts_with_an_underscore():
+    names = {node.name for node in ast.parse(module_source()).body if hasattr(node, "name")}
+    assert {name for name in names if not name.startswith("_")} == PUBLIC
+
+
+def test_version_is_a_literal_that_packaging_reads_without_importing():
+    (version,) = re.findall(r'^__version__ = "(\d+\.\d+\.\d+)"$', module_source(), re.MULTILINE)
+    assert vllm_provider.__version__ == version
+
+
+def public_members(name: str) -> Iterator[tuple[str, Any]]:
+    """Yield a public name and, of a class, its public methods and properties."""
+    thing = getattr(vllm_provider, name)
+    yield name, thing
+    for key, value in vars(thing).items() if inspect.isclass(thing) else ():
+        member = getattr(value, "__func__", value)
+        if not key.startswith("_") and (inspect.isfunction(member) or isinstance(member, property)):
+            yield f"{name}.{key}", member
+
+
+@pytest.mark.parametrize("name", sorted(PUBLIC))
+def test_every_public_name_and_method_has_a_docstring(name):
+    for key, member in public_members(name):
+        text = member.__doc__ or ""
+        assert text.strip(), key
+        assert not text.startswith(f"{name}("), key  # what dataclass puts there
+
+
+def test_importing_it_imports_nothing_that_few_need_and_configures_no_logging():
+    code = """
+import logging, sys, vllm_provider
+print({"amplifier_core", "asyncio", "argparse"} & set(sys.modules))
+one = logging.getLogger("vllm_provider")
+print(logging.root.handlers, logging.root.level, one.handlers, one.level, one.propagate)
+"""
+    assert run_python(code) == "set()\n[] 30 [] 0 True\n"
 
 
 @pytest.mark.parametrize(
-    ("step", "limits", "message", "text"),
+    ("name", "version", "message"),
     [
-        pytest.param(stall(), {"timeout": LIMIT}, NO_REPLY, "", id="accepts-and-never-answers"),
-        pytest.param(stall(SSE_HEAD), {"timeout": LIMIT}, NO_REPLY, "", id="headers-then-nothing"),
-        pytest.param(
-            drip(SSE_HEAD, 0.02), {"timeout": LIMIT}, NO_REPLY, "", id="trickles-its-headers"
+        row("requests", "2.32.3", "requests 2.32.4 or newer, got 2.32.3", id="requests"),
+        row("requests", "2.32", "requests 2.32.4 or newer, got 2.32", id="two-numbers"),
+        row("urllib3", "2.2.9", "urllib3 2.3 or newer, got 2.2.9", id="urllib3"),
+        row("urllib3", "1.26.20", "urllib3 2.3 or newer, got 1.26.20", id="urllib3-1"),
+        row("requests", "2.33.0.dev1", None, id="development-version"),
+        row("urllib3", "2.10", None, id="numbers-are-not-compared-as-text"),
+    ],
+)
+def test_a_dependency_that_is_too_old_is_one_sentence(name, version, message):
+    code = f"""
+import {name}
+{name}.__version__ = {version!r}
+try:
+    import vllm_provider
+except ImportError as error:
+    print(error, end="")
+"""
+    sentence = f"vllm_provider needs {message}; pip install -U {name}"
+    assert run_python(code) == ("" if message is None else sentence)
+
+
+# ---- Errors -----------------------------------------------------------------
+
+
+def test_error_tree_is_the_one_drawn():
+    found = {}
+    for name, thing in vars(vllm_provider).items():
+        if inspect.isclass(thing) and issubclass(thing, VLLMError):
+            found[name] = tuple(base.__name__ for base in thing.__bases__)
+            assert not issubclass(thing, OSError)  # Amplifier's application swallows those
+    assert found == ERROR_TREE
+
+
+@pytest.fixture(params=ERROR_TREE)
+def error_class(request: pytest.FixtureRequest) -> type[VLLMError]:
+    return getattr(vllm_provider, request.param)
+
+
+def test_an_error_has_every_attribute_by_default(error_class):
+    error = error_class("message")
+    attributes = (error.status_code, error.retry_after, error.request_id, error.partial)
+    assert (str(error), attributes) == ("message", (None,) * 4)
+    assert error.retryable is (error_class.__name__ in RETRYABLE)
+
+
+def pickle_copy(value: Any) -> Any:
+    return pickle.loads(pickle.dumps(value))
+
+
+@pytest.mark.parametrize("make_copy", [pickle_copy, copy.copy])
+def test_a_copy_of_an_error_has_all_its_attributes(error_class, make_copy):
+    logprobs = (TokenLogprob("a", -math.inf),)
+    partial = Completion("c-1", choices=(Choice(text="a", logprobs=logprobs),))
+    error = error_class(
+        "message",
+        status_code=418,
+        retryable=True,
+        retry_after=1.5,
+        request_id="id",
+        partial=partial,
+    )
+    error.limit, error.input_tokens, error.server_message = 2048, 2510, "no"
+    error.tool_name, error.raw_arguments = "get_weather", '{"ci'
+    twin = make_copy(error)
+    assert (type(twin), str(twin), twin.args) == (error_class, "message", ("message",))
+    assert vars(twin) == vars(error)
+    assert twin.partial == partial
+
+
+def test_an_error_of_a_call_is_pickled_whole(web):
+    web.post(COMPLETIONS_URL, status=400, json=error_payload(OVERFLOW_032))
+    error = caught(web_client().complete, "hello " * 9)
+    twin = pickle_copy(error)
+    assert (twin.limit, twin.input_tokens, twin.server_message) == (2048, 2049, OVERFLOW_032)
+    assert (vars(twin), str(twin)) == (vars(error), str(error))
+
+
+def test_a_traceback_is_short_and_keeps_the_cause(connect):
+    error = caught(connect(f"http://127.0.0.1:{closed_port()}", max_retries=0).complete, "x")
+    lines = "".join(traceback.format_exception(error)).splitlines()
+    assert type(error.__cause__) is ConnectionRefusedError
+    assert len(lines) < 60
+    assert "During handling of" not in "".join(lines)
+
+
+# ---- Values: configuration --------------------------------------------------
+
+SECONDS: Final = "a positive number of seconds"
+FLAG: Final = "true or false"
+NATURAL: Final = "an integer of at least 1"
+NATURAL_OR_0: Final = "an integer of at least 0"
+BUNDLE: Final = "true, false or the path of a CA bundle that exists"
+TEXTS: Final = "a string or a list of strings"
+FORMATS: Final = "auto, chat_template or raw"
+# key, default, given as a string, what that becomes, a bad value, what is expected
+SETTINGS: Final = [
+    ("default_model", None, "parrot", "parrot", 7, "a string"),
+    ("use_completions", True, "false", False, "maybe", FLAG),
+    ("prompt_format", "auto", "raw", "raw", "harmony", FORMATS),
+    ("max_tokens", None, "0", 0, "-1", NATURAL_OR_0),
+    ("temperature", None, "0", 0.0, "hot", "a number"),
+    ("top_p", None, "0.5", 0.5, [], "a number"),
+    ("seed", None, "-1", -1, "1.5", "an integer"),
+    ("stop", None, "\n\n", "\n\n", [1], TEXTS),
+    ("logprobs", None, "2", 2, "many", "an integer, true or false"),
+    ("reasoning_effort", None, "low", "low", 1, "a string"),
+    ("timeout", 300.0, "60", 60.0, "soon", SECONDS),
+    ("stream_idle_timeout", None, "0.5", 0.5, 0, SECONDS),
+    ("connect_timeout", 10.0, "inf", math.inf, "nan", SECONDS),
+    ("max_retries", None, "0", 0, 1.5, NATURAL_OR_0),
+    ("min_retry_delay", 0.5, "0.1", 0.1, 0, SECONDS),
+    ("max_retry_delay", 30.0, "1e1", 10.0, -1, SECONDS),
+    ("max_concurrency", 64, "128", 128, 0, NATURAL),
+    ("verify", True, "false", False, "/no/such.pem", BUNDLE),
+    ("context_window", None, "32768", 32768, "32k", NATURAL),
+    ("max_output_tokens", None, "1", 1, 0, NATURAL),
+    ("use_streaming", True, "off", False, 2, FLAG),
+    ("priority", 100, "5", 5, "first", "an integer"),
+    ("debug", False, "true", True, "verbose", FLAG),
+    ("raw_debug", False, "Yes", True, 3, FLAG),
+    ("debug_truncate_length", 180, "40", 40, 0, NATURAL),
+    ("raw", False, "1", True, "x", FLAG),
+    # these have tables of their own
+    ("api_key", "EMPTY", "sk-1", "sk-1", None, None),
+    ("extra_body", {}, None, {}, None, None),
+    ("default_headers", {}, None, {}, None, None),
+]
+
+
+def test_every_setting_has_a_row_and_its_default_in_the_signature():
+    defaults = {}
+    for name, parameter in inspect.signature(VLLMConfig).parameters.items():
+        defaults[name] = parameter.default
+    table = {key: default for key, default, *_ in SETTINGS}
+    assert defaults.keys() == {"base_url", *table}
+    for key in table.keys() - {"extra_body", "default_headers"}:  # made anew each time
+        assert defaults[key] == table[key], key
+
+
+@pytest.mark.parametrize(("key", "default"), [row(*one[:2], id=one[0]) for one in SETTINGS])
+def test_setting_not_given(key, default):
+    for value in (None, "", "${NAME}"):
+        assert getattr(VLLMConfig(WEB, **{key: value}), key) == default
+    assert getattr(VLLMConfig(WEB), key) == default
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "kept"),
+    [
+        *(row(key, text, value, id=f"{key}-as-text") for key, _, text, value, *_ in SETTINGS),
+        row("timeout", 60, 60.0, id="integer-of-seconds"),
+        row("timeout", math.inf, math.inf, id="no-limit"),
+        row("timeout", " 60 ", 60.0, id="blanks-around-a-number"),
+        row("max_tokens", 100.0, 100, id="integral-float"),
+        row("max_tokens", "4e3", 4000, id="integral-float-as-text"),
+        row("seed", "9007199254740993", 9007199254740993, id="more-digits-than-a-float-holds"),
+        row("seed", 2**63 - 1, 2**63 - 1, id="largest-seed"),
+        row("use_completions", 0, False, id="zero-is-false"),
+        row("use_completions", " TRUE ", True, id="any-case-and-blanks"),
+        row("use_streaming", "no", False, id="yaml-no"),
+        row("raw", "on", True, id="yaml-on"),
+        row("stop", ("a", "b"), ["a", "b"], id="several-stops"),
+        row("stop", iter(["a"]), ["a"], id="iterator-is-read-once"),
+        row("stop", " ", " ", id="blank-can-stop"),
+        row("logprobs", True, True, id="true-stays-true"),
+        row("logprobs", "True", True, id="true-as-text"),
+        row("logprobs", False, False, id="false-stays-false"),
+        row("logprobs", 0, 0, id="the-sampled-token-alone"),
+        row("logprobs", -1, -1, id="whole-vocabulary"),
+        row("temperature", 0, 0.0, id="zero-is-given"),
+        row("verify", 0, False, id="verify-as-a-number"),
+        row("verify", "TRUE", True, id="verify-in-any-case"),
+        row("verify", __file__, __file__, id="bundle"),
+        row("verify", Path(__file__), __file__, id="bundle-as-a-path"),
+        row("default_headers", {"X-A": 7, "X-B": " b "}, {"X-A": "7", "X-B": "b"}, id="headers"),
+        row("api_key", "EMPTY", "EMPTY", id="the-key-vllm-documents-for-none"),
+    ],
+)
+def test_good_setting(key, value, kept):
+    found = getattr(VLLMConfig(WEB, **{key: value}), key)
+    assert (found, type(found)) == (kept, type(kept))
+
+
+@pytest.mark.parametrize(
+    ("key", "bad", "expected"),
+    [
+        *(row(one[0], *one[4:], id=one[0]) for one in SETTINGS if one[5]),
+        row("base_url", 8000, "a string", id="url-that-is-no-string"),
+        row("timeout", True, SECONDS, id="true-is-no-number"),
+        row("timeout", -math.inf, SECONDS, id="minus-infinity"),
+        row("max_tokens", 10**400, NATURAL_OR_0, id="too-large-for-a-float"),
+        row("max_tokens", True, NATURAL_OR_0, id="true-is-no-count"),
+        row("temperature", math.nan, "a number", id="nan-is-not-json"),
+        row("temperature", math.inf, "a number", id="infinity-is-not-json"),
+        row("temperature", "-inf", "a number", id="minus-infinity-as-text"),
+        row("top_p", 1j, "a number", id="complex"),
+        row("seed", "inf", "an integer", id="infinity-is-no-integer"),
+        row("priority", type(None), "an integer", id="class"),
+        row("stop", b"END", TEXTS, id="bytes"),
+        row("stop", 7, TEXTS, id="a-stop-that-is-a-number"),
+        row("stop", ["a", None], TEXTS, id="none-among-the-stops"),
+        row("use_completions", [], FLAG, id="list-is-no-flag"),
+        row("verify", "maybe", BUNDLE, id="neither-flag-nor-file"),
+    ],
+)
+def test_bad_setting(key, bad, expected):
+    error = caught(VLLMConfig, **{"base_url": WEB, key: bad})
+    assert type(error) is ConfigurationError
+    assert str(error) == f"{key} must be {expected}, got {bad!r}"
+
+
+@pytest.mark.parametrize("idle", [None, 60.0])
+def test_a_copy_with_another_timeout_keeps_the_idle_timeout(idle):
+    client = VLLMClient(VLLMConfig(WEB, timeout=60, stream_idle_timeout=idle), timeout=600)
+    assert (client.config.timeout, client.config.stream_idle_timeout) == (600.0, idle)
+
+
+@pytest.mark.parametrize(
+    ("given", "environment", "found"),
+    [
+        row({}, {"BASE_URL": f"{WEB}/v1"}, {}, id="url-from-the-environment"),
+        row({"base_url": ""}, {"BASE_URL": WEB}, {}, id="empty-is-not-given"),
+        row({"base_url": "${VLLM_URL}"}, {"BASE_URL": WEB}, {}, id="unexpanded-is-not-given"),
+        row({"base_url": WEB}, {"BASE_URL": "http://other"}, {}, id="explicit-url-wins"),
+        row({"base_url": WEB}, {"API_KEY": "k"}, {"api_key": "k"}, id="key"),
+        row({"base_url": WEB, "api_key": "a"}, {"API_KEY": "k"}, {"api_key": "a"}, id="explicit"),
+        row({"base_url": WEB, "api_key": "EMPTY"}, {"API_KEY": "k"}, {}, id="explicit-EMPTY"),
+        row({"base_url": WEB, "api_key": ""}, {"API_KEY": "k"}, {"api_key": "k"}, id="empty-key"),
+        row({"base_url": WEB}, {"API_KEY": ""}, {}, id="empty-variable-is-none"),
+        row({"base_url": WEB}, {"API_KEY": "${K}"}, {}, id="unexpanded-variable-is-none"),
+        row({"base_url": WEB}, {"TIMEOUT": "1"}, {}, id="no-other-variable-counts"),
+        row({"base_url": WEB}, {"CONTEXT_WINDOW": "9"}, {"context_window": 9}, id="context-window"),
+        row(
+            {"base_url": WEB},
+            {"STREAM_IDLE_TIMEOUT": "9"},
+            {"stream_idle_timeout": 9.0},
+            id="stream-idle-timeout",
         ),
-        pytest.param(
-            _trickle(500, chunk(b": keep-alive\n\n"), SSE_HEAD),
-            {"timeout": LIMIT},
-            NO_REPLY,
-            "",
-            id="comments-are-no-output",
+    ],
+)
+def test_environment(monkeypatch, given, environment, found):
+    for name, value in environment.items():
+        monkeypatch.setenv(f"VLLM_{name}", value)
+    config = VLLMConfig(**given)
+    monkeypatch.undo()
+    assert config == VLLMConfig(WEB, **found)
+
+
+@pytest.mark.parametrize("value", [None, "", "${VLLM_BASE_URL}"])
+def test_base_url_is_required(value):
+    error = caught(VLLMConfig, value)
+    assert isinstance(error, ValueError)
+    assert str(error) == "No base_url found: set it or VLLM_BASE_URL, like http://localhost:8000"
+
+
+@pytest.mark.parametrize(
+    ("url", "root"),
+    [
+        row("http://localhost:8000", "http://localhost:8000", id="plain"),
+        row("http://localhost:8000/", "http://localhost:8000", id="slash"),
+        row("http://localhost:8000/v1", "http://localhost:8000", id="v1"),
+        row("http://localhost:8000//v1//", "http://localhost:8000", id="slashes"),
+        row("https://gpu.example", "https://gpu.example", id="default-port"),
+        row("https://gpu.example/openai/v1/", "https://gpu.example/openai", id="prefix"),
+        row("https://gpu.example/v1/models/x", "https://gpu.example/v1/models/x", id="v1-inside"),
+        row("https://gpu.example/myv1", "https://gpu.example/myv1", id="name-that-ends-in-v1"),
+        row("http://[::1]:8000/v1", "http://[::1]:8000", id="ipv6"),
+        row("  http://localhost:8000 \n", "http://localhost:8000", id="blanks-around"),
+        row("HTTPS://gpu.example", "https://gpu.example", id="scheme-in-capitals"),
+    ],
+)
+def test_good_base_url(url, root):
+    assert VLLMConfig(url).base_url == root
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        row("localhost:8000", id="no-scheme"),
+        row("ftp://localhost", id="other-scheme"),
+        row("http://", id="no-host"),
+        row("http:///v1", id="path-only"),
+        row("http://:8000", id="port-only"),
+        row("http://.example", id="host-without-its-first-part"),
+        row("http://localhost:0", id="port-zero"),
+        row("http://localhost:99999", id="port-too-large"),
+        row("http://localhost:port", id="port-in-letters"),
+        row("http://[::1", id="half-a-bracket"),
+        row("http://local host", id="blank-inside"),
+        row("http://localhost\n/v1", id="line-break-inside"),
+        row("http://localhost/?", id="empty-query"),
+        row("http://localhost/#top", id="fragment"),
+        row("   ", id="only-blanks"),
+    ],
+)
+def test_bad_base_url(monkeypatch, url):
+    shown = re.split("[?#]", url)[0]  # what follows may be a key
+    message = (
+        "base_url must be a URL like http://localhost:8000, without query or fragment,"
+        f" got {shown!r}"
+    )
+    assert str(caught(VLLMConfig, url)) == message
+    monkeypatch.setenv("VLLM_BASE_URL", url)
+    assert str(caught(VLLMConfig)) == message
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        row({"base_url": f"http://user:{SECRET}@[::1"}, id="password-in-a-broken-url"),
+        row({"base_url": f"{SECRET}@localhost:8000"}, id="password-without-a-scheme"),
+        row({"base_url": f"http://localhost/?api_key={SECRET}"}, id="key-in-a-query"),
+        row({"api_key": f"{SECRET}\n"}, id="key-read-with-its-line-break"),
+        row({"api_key": f"“{SECRET}”"}, id="key-in-typographic-quotes"),
+        row({"api_key": [SECRET]}, id="key-in-a-list"),
+        row({"default_headers": {"X-Key": f"{SECRET}\r\nX: 1"}}, id="line-break-in-a-header"),
+        row({"default_headers": {"X-Key": f"{SECRET}é"}}, id="letter-no-header-can-hold"),
+        row({"default_headers": f"X-Key: {SECRET}"}, id="headers-as-text"),
+        row({"default_headers": [("X-Key", SECRET)]}, id="headers-as-pairs"),
+        row({"default_headers": {"X Key": SECRET}}, id="bad-header-name"),
+        row({"api_key": SECRET, "timeout": "soon"}, id="another-key-is-wrong"),
+        row({"api_key": SECRET, 5: "five"}, id="key-that-is-no-string"),
+        row([("api_key", SECRET)], id="pairs-in-place-of-the-mapping"),
+        row({"default_headers": {"X-Key": SECRET}, None: 1}, id="none-as-a-key"),
+    ],
+)
+def test_no_error_shows_a_secret(settings):
+    mapping = {"base_url": WEB, **settings} if isinstance(settings, dict) else settings
+    error = caught(VLLMConfig.from_mapping, mapping)
+    assert type(error) is ConfigurationError
+    assert SECRET not in told(error)
+
+
+PRINTABLE: Final = "must be printable ASCII; is a line break or a typographic character in it?"
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        row(
+            "base_url",
+            f"http://user:{SECRET}@localhost",
+            "base_url must not hold a user name or password; a key goes under api_key",
+            id="password",
         ),
-        pytest.param(
-            _trickle(500, TRANSPORT_ROLE, SSE_HEAD),
-            {"timeout": LIMIT},
-            NO_REPLY,
-            "",
-            id="the-role-is-no-output",
+        row("api_key", "sk-1\n", f"api_key {PRINTABLE}", id="key"),
+        row("default_headers", {"X": "“1”"}, f"default_headers['X'] {PRINTABLE}", id="header"),
+        row(
+            "default_headers",
+            {"X: Key": "1"},
+            "default_headers must have HTTP header names as keys, got 'X: Key'",
+            id="header-name",
         ),
-        pytest.param(
-            stall(SSE_HEAD + chunk(text_event("a"))),
-            {"stream_idle_timeout": LIMIT},
-            SILENT,
-            "a",
-            id="silence-in-mid-reply",
+        row(
+            "default_headers",
+            {7: "1"},
+            "default_headers must have strings as keys, got 7",
+            id="header-number",
         ),
-        pytest.param(
-            _trickle(500, chunk(b"x"), SSE_HEAD + chunk(text_event("a")) + chunk(b"data: ")),
-            {"stream_idle_timeout": LIMIT},
-            SILENT,
+        row(
+            "default_headers",
+            {"": "1"},
+            "default_headers must have HTTP header names as keys, got ''",
+            id="no-name",
+        ),
+        row("default_headers", ["X"], "default_headers must be a mapping, got a list", id="list"),
+        row("extra_body", {1: 2}, "extra_body must have strings as keys, got 1", id="number"),
+        row("extra_body", "top_k=1", "extra_body must be a mapping, got a str", id="text"),
+    ],
+)
+def test_bad_mappings_and_secrets(key, value, message):
+    assert str(caught(VLLMConfig, **{"base_url": WEB, key: value})) == message
+
+
+def test_repr_shows_what_differs_from_the_defaults_and_no_secret():
+    config = VLLMConfig(
+        f"{WEB}/v1",
+        api_key=SECRET,
+        temperature=0,
+        default_headers={"X-Key": SECRET},
+        timeout=5,
+        use_completions=False,
+    )
+    shown = (
+        "VLLMConfig(base_url='http://vllm.test', use_completions=False, api_key='***',"
+        " temperature=0.0, timeout=5.0, default_headers={'X-Key': '***'})"
+    )
+    assert repr(config) == shown
+    assert repr(VLLMClient(config)) == f"VLLMClient({shown})"
+    assert repr(VLLMConfig(WEB)) == "VLLMConfig(base_url='http://vllm.test')"
+
+
+def test_a_configuration_is_a_value():
+    settings = {
+        "api_key": SECRET,
+        "extra_body": {"top_k": 1},
+        "stop": ["a"],
+        "timeout": "5",
+        "default_headers": {"X": 1},
+    }
+    config = VLLMConfig(WEB, **settings)
+    assert pickle_copy(config) == config == copy.deepcopy(config) == VLLMConfig(WEB, **settings)
+    assert pickle_copy(config).api_key == SECRET
+    assert {config: 1}[VLLMConfig(WEB, **settings)] == 1
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.timeout = 3
+    with pytest.raises(TypeError):
+        VLLMConfig(WEB, "parrot")  # every other setting has a name
+
+
+def test_a_configuration_neither_changes_nor_follows_its_arguments():
+    extra, stop, headers = {"top_k": 1}, ["a"], {"X": "1"}
+    config = VLLMConfig(WEB, extra_body=extra, stop=stop, default_headers=headers)
+    extra["top_k"], headers["X"] = 2, "2"
+    stop.append("b")
+    assert (config.extra_body, config.stop) == ({"top_k": 1}, ["a"])
+    assert config.default_headers == {"X": "1"}
+    assert VLLMConfig(WEB).extra_body is not VLLMConfig(WEB).extra_body
+
+
+UNDER_EXTRA_BODY: Final = "; it is a parameter of vLLM's: put it under extra_body"
+VLLM_ONLY: Final = """
+top_k min_p repetition_penalty presence_penalty frequency_penalty stop_token_ids bad_words
+ignore_eos min_tokens skip_special_tokens logit_bias allowed_token_ids prompt_logprobs n echo
+return_token_ids response_format structured_outputs chat_template_kwargs tool_choice vllm_xargs
+cache_salt user thinking_token_budget repetition_detection logprob_token_ids session_id
+kv_transfer_params watermarking return_prompt_text media_io_kwargs prompt_embeds
+""".split()
+
+
+@pytest.mark.parametrize(
+    ("key", "suggestion"),
+    [
+        row("timeot", "; did you mean 'timeout'?", id="misspelled"),
+        row("model", "; did you mean 'default_model'?", id="part-of-a-name"),
+        row("url", "; did you mean 'base_url'?", id="end-of-a-name"),
+        row("max_token", "; did you mean 'max_tokens'?", id="singular"),
+        row("headers", "; did you mean 'default_headers'?", id="shorter"),
+        row("connect_time_out", "; did you mean 'connect_timeout'?", id="written-apart"),
+        row("zzzz", "", id="like-nothing"),
+        *(row(name, UNDER_EXTRA_BODY, id=f"vllm-{name}") for name in VLLM_ONLY),
+    ],
+)
+def test_unknown_setting(caplog, key, suggestion):
+    assert VLLMConfig.from_mapping({"base_url": WEB, key: SECRET}) == VLLMConfig(WEB)
+    assert caplog.record_tuples == [
+        ("vllm_provider", logging.WARNING, f"unknown setting {key!r} is ignored{suggestion}")
+    ]
+    with pytest.raises(TypeError) as info:
+        VLLMClient(WEB, **{key: SECRET})
+    assert str(info.value) == f"{key!r} is not a setting of VLLMClient{suggestion}"
+
+
+def test_each_unknown_setting_is_a_warning_of_its_own(caplog):
+    VLLMConfig.from_mapping({"top_k": 1, "timeot": 2, "base_url": WEB, "timeout": "9"})
+    assert [record.args[0] for record in caplog.records] == ["top_k", "timeot"]
+
+
+def test_from_mapping_takes_every_key_and_leaves_the_mapping_alone(caplog):
+    mapping = {"base_url": WEB}
+    expected = {}
+    for key, _, text, value, *_ in SETTINGS:
+        if text is not None:
+            mapping[key] = text
+            expected[key] = value
+    before = dict(mapping)
+    config = VLLMConfig.from_mapping(mapping)
+    assert {key: getattr(config, key) for key in expected} == expected
+    assert (mapping, caplog.records) == (before, [])
+
+
+@pytest.mark.parametrize(
+    ("alias", "name", "value"),
+    [
+        ("extra_request_params", "extra_body", {"top_k": 1}),
+        ("reasoning", "reasoning_effort", "low"),
+    ],
+)
+def test_other_names_of_settings(caplog, alias, name, value):
+    config = VLLMConfig.from_mapping({"base_url": WEB, alias: value})
+    assert (getattr(config, name), caplog.records) == (value, [])
+
+
+# ---- Requests ---------------------------------------------------------------
+
+COMPLETION_BODY: Final = {"model": "m", "prompt": "Once", "max_tokens": 1024}
+CHAT_BODY: Final = {"model": "m", "messages": [{"role": "user", "content": "Once"}]}
+both_builders: Final = pytest.mark.parametrize(
+    ("build", "body"),
+    [
+        row(build_completion_request, COMPLETION_BODY, id="completions"),
+        row(build_chat_request, CHAT_BODY, id="chat"),
+    ],
+)
+
+
+def model_config(**settings: Any) -> VLLMConfig:
+    return VLLMConfig(WEB, **{"default_model": "m", **settings})
+
+
+AS_GIVEN: Final = [
+    row({}, id="nothing-is-invented"),
+    row({"temperature": 0, "seed": 0, "top_p": 0.0}, id="0-is-sent"),
+    row({"echo": False, "ignore_eos": True}, id="false-is-sent"),
+    row({"stop": "", "suffix": ""}, id="empty-string-is-sent"),
+    row({"stop": [], "tools": []}, id="empty-list-is-sent"),
+    row({"structured_outputs": {"a": None}}, id="none-inside-is-kept"),
+    row({"top_k": 3, "min_p": 0.1, "new": [1]}, id="fields-of-vllm-and-newer-ones"),
+    row({"n": "2", "temperature": -5}, id="the-server-judges"),
+    row({"logit_bias": {7: -1.5}}, id="json-makes-keys-of-numbers"),
+    row({"model": "other"}, id="another-model"),
+    row({"max_tokens": 0}, id="max-tokens-0"),
+    row({"stream_options": {"x": 1}}, id="stream-options-without-a-stream"),
+    row({"priority": 5}, id="priority-of-vllm"),
+    row({"user": "Zoë 🌸\u2028\x00"}, id="any-text-that-is-unicode"),
+]
+
+
+@both_builders
+@pytest.mark.parametrize("params", AS_GIVEN)
+def test_parameters_are_sent_as_given(build, body, params):
+    assert build(model_config(), "Once", **params) == body | params
+
+
+@both_builders
+@pytest.mark.parametrize(
+    ("settings", "params", "added"),
+    [
+        row({}, {"temperature": None, "n": None, "stream": None}, {}, id="none-is-not-given"),
+        row({}, {"model": None, "extra_body": None}, {}, id="none-leaves-the-model"),
+        row({"max_tokens": 7}, {}, {"max_tokens": 7}, id="configured-max-tokens"),
+        row({"max_tokens": 0}, {}, {"max_tokens": 0}, id="configured-max-tokens-0"),
+        row({"max_tokens": 7}, {"max_tokens": None}, {"max_tokens": 7}, id="none-leaves-it"),
+        row({"temperature": 1}, {"temperature": 0}, {"temperature": 0}, id="call-over-settings"),
+        row({"priority": 5, "use_completions": False, "raw": True}, {}, {}, id="our-own-settings"),
+        row({"extra_body": {"top_k": 1}}, {"top_k": 2}, {"top_k": 1}, id="extra-body-is-last"),
+        row(
+            {"extra_body": {"temperature": 0}, "temperature": 1},
+            {},
+            {"temperature": 0},
+            id="extra-body-over-settings",
+        ),
+        row({"extra_body": {"model": "other"}}, {}, {"model": "other"}, id="over-the-model"),
+        row({}, {"extra_body": {"top_k": 2}, "top_k": 3}, {"top_k": 2}, id="extra-body-of-a-call"),
+        row(
+            {"extra_body": {"top_k": 1, "n": 2}},
+            {"extra_body": {"top_k": 2}},
+            {"top_k": 2, "n": 2},
+            id="extra-body-of-a-call-over-the-configured-one",
+        ),
+        row({}, {"timeout": 5, "stream_idle_timeout": 6, "deadline": 7}, {}, id="limits"),
+    ],
+)
+def test_layers_of_a_body(build, body, settings, params, added):
+    assert build(model_config(**settings), "Once", **params) == body | added
+
+
+@both_builders
+def test_settings_are_sent(build, body):
+    settings = {"temperature": 0, "top_p": 0.5, "seed": 1, "stop": ["a"], "reasoning_effort": "low"}
+    assert build(model_config(**settings), "Once") == body | settings
+
+
+ON: Final = {"logprobs": True}
+
+
+@pytest.mark.parametrize(
+    ("settings", "params", "completions", "chat"),
+    [
+        row({}, {"logprobs": 2}, 2, {**ON, "top_logprobs": 2}, id="n"),
+        row({}, {"logprobs": 0}, 0, {**ON, "top_logprobs": 0}, id="0"),
+        row({}, {"logprobs": -1}, -1, {**ON, "top_logprobs": -1}, id="-1-passes"),
+        row({}, {"logprobs": True}, 1, ON, id="true"),
+        row({}, {"logprobs": False}, None, {}, id="false-would-switch-completions-on"),
+        row({}, {"logprobs": None}, None, {}, id="none"),
+        row({}, {"logprobs": True, "top_logprobs": 3}, 1, {**ON, "top_logprobs": 3}, id="chat"),
+        row({"logprobs": 2}, {}, 2, {**ON, "top_logprobs": 2}, id="configured"),
+        row({"logprobs": "true"}, {}, 1, ON, id="configured-true"),
+        row({"logprobs": False}, {}, None, {}, id="configured-false"),
+        row({"logprobs": 2}, {"logprobs": False}, None, {}, id="off-for-one-call"),
+        row({"logprobs": 2}, {"logprobs": 0}, 0, {**ON, "top_logprobs": 0}, id="0-wins"),
+        row({"extra_body": {"logprobs": 4}}, {}, 4, {**ON, "top_logprobs": 4}, id="extra-body"),
+        # The later layer decides, whichever name it uses.
+        row({"logprobs": 2}, {"top_logprobs": 5}, 2, {**ON, "top_logprobs": 5}, id="call-wins"),
+        row(
+            {"logprobs": 2},
+            {"extra_body": {"top_logprobs": 5}},
+            2,
+            {**ON, "top_logprobs": 5},
+            id="extra-body-of-a-call-wins",
+        ),
+        row(
+            {"extra_body": {"top_logprobs": 5}},
+            {"logprobs": 2},
+            2,
+            {**ON, "top_logprobs": 5},
+            id="extra-body-wins",
+        ),
+        row(
+            {"logprobs": 2},
+            {"logprobs": 3, "top_logprobs": 5},
+            3,
+            {**ON, "top_logprobs": 5},
+            id="both-in-one-call",
+        ),
+        row({"logprobs": 2}, {"logprobs": True}, 1, {**ON, "top_logprobs": 2}, id="true-keeps-n"),
+    ],
+)
+def test_logprobs_mean_the_same_on_both_endpoints(settings, params, completions, chat):
+    config = model_config(**settings)
+    found = build_completion_request(config, "Once", **params).get("logprobs")
+    assert (found, type(found)) == (completions, type(completions))
+
+    body = build_chat_request(config, "Once", **params)
+    assert body == CHAT_BODY | chat
+    assert type(body.get("logprobs")) is type(chat.get("logprobs"))
+
+
+@pytest.mark.parametrize("prompt", ["", "Once", ["a", "b"], [1, 2, 3], [[1, 2], [3]], []])
+def test_a_prompt_is_sent_as_typed(prompt):
+    body = {"max_tokens": 1024, "prompt": prompt}
+    assert build_completion_request(VLLMConfig(WEB), prompt) == body
+
+
+def test_no_prompt_beside_prompt_embeds():
+    body = build_completion_request(VLLMConfig(WEB), None, prompt_embeds="AA==")
+    assert body == {"max_tokens": 1024, "prompt_embeds": "AA=="}
+
+
+@pytest.mark.parametrize(
+    ("messages", "sent"),
+    [
+        row("Hi", [{"role": "user", "content": "Hi"}], id="str-is-a-user-message"),
+        row("", [{"role": "user", "content": ""}], id="empty-str"),
+        row([], [], id="none-at-all"),
+        row([{"role": "tool", "x": [1]}], [{"role": "tool", "x": [1]}], id="as-given"),
+        row(({"role": "user"},), [{"role": "user"}], id="tuple"),
+    ],
+)
+def test_messages(web, messages, sent):
+    assert build_chat_request(VLLMConfig(WEB), messages) == {"messages": sent}
+
+    web.post(CHAT_URL, json={"choices": [{"message": {"content": "a"}}]})
+    web_client().chat(messages, system="Be brief.")
+    list(web_client().stream_chat(messages, system="Be brief."))
+    for body in sent_bodies(web):
+        assert body["messages"] == [{"role": "system", "content": "Be brief."}, *sent]
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [
+        row(None, id="none"),
+        row({"role": "user", "content": "Hi"}, id="one-dict"),
+        row(["Hi"], id="strings"),
+        row([[{"role": "user", "content": "Hi"}]], id="batch"),
+        row([{"role": "user"}, None], id="none-among-them"),
+        row(b"Hi", id="bytes"),
+        row([1, 2], id="token-ids"),
+    ],
+)
+def test_messages_of_another_type(messages):
+    error = caught(build_chat_request, VLLMConfig(WEB), messages)
+    assert type(error) is ConfigurationError
+    assert str(error) == (
+        "messages must be a string or a list of dicts like {'role': 'user', 'content': '…'}"
+    )
+
+
+class Town:
+    """A class as pydantic's, as far as it is used here."""
+
+    def __init__(self, city):
+        self.city = city
+
+    @staticmethod
+    def model_json_schema():
+        return {"type": "object", "properties": {"city": {"type": "string"}}}
+
+    @classmethod
+    def model_validate(cls, value):
+        return cls(**value)
+
+
+@both_builders
+def test_response_format_may_be_a_class(build, body):
+    schema = {"name": "Town", "schema": Town.model_json_schema()}
+    response_format = {"type": "json_schema", "json_schema": schema}
+    built = build(model_config(), "Once", response_format=Town)
+    assert built == body | {"response_format": response_format}
+
+
+@pytest.mark.parametrize(
+    ("name", "nearest"),
+    [
+        row("max_token", "max_tokens", id="singular"),
+        row("temprature", "temperature", id="letter-missing"),
+        row("top_logprob", "top_logprobs", id="of-the-other-endpoint"),
+        row("guided_json", None, id="like-nothing"),
+        row("top_k", None, id="known"),
+    ],
+)
+def test_a_misspelled_parameter_is_one_warning_and_sent(web, caplog, name, nearest):
+    web.post(COMPLETIONS_URL, json=text_event("a"))
+    for value in (1, 2):
+        web_client().complete("Once", **{name: value})
+    advice = f"{name}: did you mean {nearest}? vLLM ignores unknown parameters"
+    assert caplog.messages == ([] if nearest is None else [advice])
+    assert [body[name] for body in sent_bodies(web)] == [1, 2]
+
+
+LOOP: Final[list[Any]] = []
+LOOP.append(LOOP)
+NO_STREAM: Final = "stream is not a parameter here; stream_complete() and stream_chat() stream"
+RANGE: Final = "Out of range float values are not JSON compliant"
+SURROGATE: Final = "the request holds a lone surrogate, which UTF-8 has no bytes for"
+
+
+@both_builders
+@pytest.mark.parametrize(
+    ("settings", "params", "message"),
+    [
+        row({}, {"stream": False}, NO_STREAM, id="stream"),
+        row({}, {"extra_body": {"stream": True}}, NO_STREAM, id="stream-in-extra-body"),
+        row({"extra_body": {"stream": True}}, {}, NO_STREAM, id="stream-in-the-configuration"),
+        row({}, {"extra_body": "x"}, "extra_body must be a mapping, got a str", id="text"),
+        row({}, {"temperature": math.nan}, f"not JSON, in 'temperature': {RANGE}", id="nan"),
+        row({}, {"top_p": math.inf}, f"not JSON, in 'top_p': {RANGE}", id="infinity"),
+        row({}, {"logit_bias": {"1": -math.inf}}, f"in 'logit_bias': {RANGE}", id="inside"),
+        row({"extra_body": {"x": math.nan}}, {}, f"in 'x': {RANGE}", id="in-the-configuration"),
+        row({}, {"user": "\ud83c"}, f"{SURROGATE}, in 'user'", id="surrogate"),
+        row({}, {"x": {"\udfff": 1}}, f"{SURROGATE}, in 'x'", id="surrogate-in-a-key"),
+        row({}, {"x": b"raw"}, "in 'x': Object of type bytes is not JSON", id="bytes"),
+        row({}, {"x": {1, 2}}, "in 'x': Object of type set is not JSON", id="set"),
+        row({}, {"x": {(1, 2): 3}}, "in 'x': keys must be str, int, float,", id="tuple-as-key"),
+        row({}, {"x": LOOP}, "in 'x': Circular reference detected", id="circle"),
+    ],
+)
+def test_what_is_not_json_is_not_sent(web, build, body, settings, params, message):
+    client = web_client(**settings)
+    call = client.complete if build is build_completion_request else client.chat
+    for error in (
+        caught(build, model_config(**settings), "Once", **params),
+        caught(call, "Once", **params),
+    ):
+        assert type(error) is ConfigurationError
+        assert message in str(error)
+    assert len(web.calls) == 0
+
+
+@both_builders
+def test_an_error_never_quotes_a_prompt(build, body):
+    error = caught(build, VLLMConfig(WEB), f"{SECRET}\ud800")
+    assert SECRET not in "".join(traceback.format_exception(error))
+
+
+@both_builders
+def test_arguments_are_never_changed(build, body):
+    config = model_config(extra_body={"a": {"b": [1]}}, stop=["x"], logprobs=2)
+    source = [{"role": "user", "content": "Hi"}] if "messages" in body else ["a"]
+    params = {"stop": ["y"], "extra_body": {"c": 1}, "stream_options": {"e": 1}, "logprobs": True}
+    before = copy.deepcopy((config, source, params))
+    built = build(config, source, **params)
+    built["stop"] = built["new"] = None
+    assert (config, source, params) == before
+
+
+@pytest.mark.parametrize("method", ["stream_complete", "stream_chat"])
+@pytest.mark.parametrize(
+    ("params", "options"),
+    [
+        row({}, {"include_usage": True}, id="asks-for-usage"),
+        row({"stream_options": {"include_usage": False}}, {"include_usage": False}, id="refused"),
+        row(
+            {"extra_body": {"stream_options": {"continuous_usage_stats": True}}},
+            {"include_usage": True, "continuous_usage_stats": True},
+            id="more-is-merged-over-it",
+        ),
+    ],
+)
+def test_a_stream_asks_for_its_usage(web, method, params, options):
+    web.post(re.compile(".*"), body=DONE, content_type="text/event-stream")
+    before = copy.deepcopy(params)
+    assert type(caught(list, getattr(web_client(), method)("Once", **params))) is StreamError
+    (body,) = sent_bodies(web)
+    assert (body["stream"], body["stream_options"], params) == (True, options, before)
+
+
+@pytest.mark.parametrize("options", ["usage", 5, [1], True])
+def test_stream_options_that_are_no_mapping(web, options):
+    error = caught(list, web_client().stream_chat("Once", stream_options=options))
+    assert (type(error), len(web.calls)) == (ConfigurationError, 0)
+
+
+@pytest.mark.parametrize("method", ["complete", "chat", "stream_complete", "stream_chat"])
+def test_limits_of_a_call_are_not_sent(web, method):
+    web.post(re.compile(".*"), json=text_event("a"))
+    limits = {"timeout": 5, "stream_idle_timeout": 6, "deadline": 7}
+    call = getattr(web_client(), method)("Once", **limits)
+    assert isinstance(call, Completion) or texts_of(call) == ["a"]
+    assert limits.keys().isdisjoint(sent_bodies(web)[0])
+
+
+@pytest.mark.parametrize("name", ["timeout", "stream_idle_timeout", "deadline"])
+@pytest.mark.parametrize("value", [0, -1, "soon", math.nan, True])
+def test_bad_limit_of_a_call(web, name, value):
+    error = caught(lambda: list(web_client().stream_chat("Once", **{name: value})))
+    assert type(error) is ConfigurationError
+    assert str(error) == f"{name} must be {SECONDS}, got {value!r}"
+
+
+def test_text_goes_out_as_utf8(web):
+    web.post(CHAT_URL, json={"choices": [{"message": {"content": "a"}}]})
+    web_client().chat("こんにちは 🌸\u2028")
+    assert "こんにちは 🌸\u2028".encode() in web.calls[0].request.body
+    assert web.calls[0].request.headers["Content-Type"] == "application/json"
+
+
+# ---- Transport: time --------------------------------------------------------
+
+WAIT_110: Final = [("note_line",), ("begin_wait", 110)]
+
+
+@pytest.mark.parametrize(
+    ("steps", "due_at", "limit"),
+    [
+        row([], 105.0, "timeout", id="starts-with-timeout"),
+        row([("begin_wait", 104)], 105.0, "timeout", id="waiting-does-not-prolong-it"),
+        row([("end_wait",)], 160.0, "timeout", id="a-consumer-has-the-deadline-alone"),
+        row(WAIT_110, 112.0, "stream_idle_timeout", id="idle-after-a-line"),
+        row([*WAIT_110, ("begin_wait", 111)], 112.0, "stream_idle_timeout", id="half-a-line"),
+        row([*WAIT_110, *WAIT_110[:1], ("begin_wait", 111)], 113.0, "stream_idle_timeout", id="2"),
+        row([("note_line",), ("begin_wait", 159)], 160.0, "stream_idle_timeout", id="deadline"),
+        row([("allow", 101, 1)], 102.0, "timeout", id="shortened"),
+        row([("allow", 101, 99)], 160.0, "timeout", id="never-beyond-the-deadline"),
+        row([("allow", 101, 1), ("begin_wait", 101)], 102.0, "timeout", id="stays-shortened"),
+        row(
+            [("note_line",), ("allow", 101, 1), ("begin_wait", 101)],
+            102.0,
+            "timeout",
+            id="an-earlier-line-does-not-prolong-it",
+        ),
+        row([*WAIT_110, ("allow", 120, 1)], 121.0, "stream_idle_timeout", id="drains-a-moment"),
+    ],
+)
+def test_clock(steps, due_at, limit):
+    limits = types.SimpleNamespace(timeout=5, stream_idle_timeout=2)
+    clock = _Clock(limits, 100.0, 160.0)
+    for name, *args in steps:
+        getattr(clock, name)(*args)
+    assert (clock.due_at, clock.limit) == (due_at, limit)
+
+
+ROLE_CHUNK: Final = chunk({"choices": [{"index": 0, "delta": {"role": "assistant"}}]})
+EVENT_A: Final = b"data: " + json.dumps(text_event("a")).encode() + b"\n\n"
+FIRST: Final = SSE_HEAD + chunk(EVENT_A)
+JSON_HEAD: Final = SSE_HEAD.replace(b"text/event-stream", b"application/json")
+LONG_REPLY: Final = reply(200, text_event("a" * 500))
+
+
+@pytest.mark.parametrize(
+    ("is_stream", "step", "limit", "text"),
+    [
+        row(True, stall(), "timeout", "", id="accepts-and-never-answers"),
+        row(True, stall(SSE_HEAD), "timeout", "", id="headers-then-nothing"),
+        row(True, drip(SSE_HEAD, 0.02), "timeout", "", id="trickles-its-headers"),
+        row(True, repeat(chunk(b": ping\n\n")), "timeout", "", id="comments-are-no-output"),
+        row(True, repeat(ROLE_CHUNK), "timeout", "", id="role-is-no-output"),
+        row(True, stall(FIRST), "stream_idle_timeout", "a", id="silence-in-mid-reply"),
+        row(
+            True,
+            repeat(chunk(b"x"), FIRST + chunk(b"data: ")),
+            "stream_idle_timeout",
             "a",
             id="half-a-line-is-no-sign-of-life",
         ),
-        pytest.param(
-            _trickle(500, b"x", SSE_HEAD + chunk(text_event("a")) + b"fff\r\n"),
-            {"stream_idle_timeout": LIMIT},
-            SILENT,
+        row(
+            True,
+            repeat(b"x", FIRST + b"fff\r\n"),
+            "stream_idle_timeout",
             "a",
             id="half-a-chunk-is-no-sign-of-life",
         ),
-        pytest.param(
-            _trickle(500, chunk(text_event("a")), SSE_HEAD),
-            {"deadline": LIMIT},
-            TOO_LATE,
-            None,
-            id="deadline-cuts-output",
+        row(
+            True,
+            stall(SSE_HEAD + b"fff\r\n" + EVENT_A),
+            "stream_idle_timeout",
+            "a",
+            id="events-in-a-chunk-that-stays-open",
         ),
-        pytest.param(stall(), {"deadline": LIMIT}, TOO_LATE, "", id="deadline-before-headers"),
-        pytest.param(
-            stall(),
-            {"deadline": LIMIT, "timeout": math.inf},
-            TOO_LATE,
-            "",
-            id="deadline-without-timeout",
-        ),
+        row(True, repeat(chunk(text_event("a"))), "deadline", None, id="deadline-cuts-output"),
+        row(True, stall(), "deadline", "", id="deadline-before-headers"),
+        row(False, stall(), "timeout", "", id="plain-never-answers"),
+        row(False, stall(LONG_REPLY[:-9]), "timeout", "", id="plain-stops-in-the-body"),
+        row(False, drip(LONG_REPLY, 0.02), "timeout", "", id="plain-trickles"),
+        row(False, repeat(chunk(b" "), JSON_HEAD), "timeout", "", id="plain-trickles-chunks"),
+        row(False, stall(), "deadline", "", id="plain-deadline"),
     ],
 )
-def test_limits_of_a_stream(server, connect, pauses, step, limits, message, text):
+def test_limits(server, connect, retries, is_stream, step, limit, text):
     server.script(step)
-    client = connect(server, timeout=NEVER)
-    begun = time.monotonic()
-    error = error_of(list, client.stream_complete("x", **limits))
-    elapsed = time.monotonic() - begun
+    client = connect(server, timeout=math.inf)
+    with after_limit():
+        error = caught(generate, client, is_stream, **{limit: LIMIT})
+    messages = {
+        "timeout": "no reply within 0.15 s: {}; raise timeout, or ask for fewer tokens",
+        "stream_idle_timeout": "no data for 0.15 s in the middle of a reply: {};"
+        " raise stream_idle_timeout, or see if a proxy buffers",
+        "deadline": "deadline of 0.15 s reached: {}; give the call more time",
+    }
     assert type(error) is LLMTimeoutError
-    assert str(error) == message.format(url=server.url)
-    assert error.retryable is ("deadline" not in limits)
-    assert LIMIT * 0.9 <= elapsed < IN_TIME
-    assert error.partial.text == text or text is None
-    assert error.partial.total_s == pytest.approx(elapsed, abs=0.2)
+    assert str(error) == messages[limit].format(f"POST {server.url}/v1/completions")
+    assert error.retryable is (limit != "deadline")
+    assert text is None or error.partial.text == text
     server.aborted.get(timeout=1)
-    assert (len(server.requests), pauses) == (1, [])
-    assert not {"timeout", "stream_idle_timeout", "deadline"} & set(server.requests[0].body)
+    assert (len(server.requests), retries.pauses) == (1, [])
 
 
 @pytest.mark.parametrize(
-    ("step", "limits", "message"),
+    ("steps", "model"),
     [
-        pytest.param(stall(), {"timeout": LIMIT}, NO_REPLY, id="accepts-and-never-answers"),
-        pytest.param(
-            stall(reply(200, "x" * 99)[:-9]), {"timeout": LIMIT}, NO_REPLY, id="stops-in-the-body"
-        ),
-        pytest.param(
-            drip(reply(200, text_event("a" * 500)), 0.02),
-            {"timeout": LIMIT},
-            NO_REPLY,
-            id="trickles",
-        ),
-        pytest.param(
-            _trickle(500, chunk(b" "), SSE_HEAD.replace(b"text/event-stream", b"application/json")),
-            {"timeout": LIMIT, "stream_idle_timeout": NEVER},
-            NO_REPLY,
-            id="trickles-chunks",
-        ),
-        pytest.param(stall(), {"deadline": LIMIT}, TOO_LATE, id="deadline"),
+        row([None, stall()], MODEL, id="used-connection-is-not-stale"),
+        row([None, drip(LONG_REPLY, 0.02)], MODEL, id="trickles-on-a-used-connection"),
+        row([None, None, stall()], None, id="after-a-model-was-asked-for"),
     ],
 )
-def test_limits_of_a_plain_call(server, connect, pauses, step, limits, message):
-    server.script(step)
-    client = connect(server, timeout=NEVER)
-    begun = time.monotonic()
-    error = error_of(client.complete, "x", **limits)
-    assert LIMIT * 0.9 <= time.monotonic() - begun < IN_TIME
-    assert type(error) is LLMTimeoutError
-    assert str(error) == message.format(url=server.url)
-    server.aborted.get(timeout=1)
-    assert (len(server.requests), pauses) == (1, [])
-
-
-@pytest.mark.parametrize(
-    "step",
-    [
-        pytest.param(stall(), id="silence"),
-        pytest.param(drip(reply(200, text_event("a" * 500)), 0.02), id="trickles"),
-    ],
-)
-def test_limits_hold_under_tls(connect, tls_files, step):
-    with StandIn(tls=tls_files) as server:
-        server.script(None, step)
-        client = connect(server, verify=tls_files[0])
-        client.complete(PROMPT)
-        begun = time.monotonic()
-        assert type(error_of(client.complete, "x", timeout=LIMIT)) is LLMTimeoutError
-        assert LIMIT * 0.9 <= time.monotonic() - begun < IN_TIME
-        server.aborted.get(timeout=1)
-        assert [request.connection for request in server.requests] == [1, 1]
-
-
-def test_a_timeout_on_a_used_connection_is_not_taken_for_a_stale_one(server, connect, pauses):
-    client = connect(server)
-    server.script(None, stall())
+@http_and_https
+def test_limits_on_a_used_connection(either_server, connect, retries, steps, model):
+    either_server.script(*steps)
+    client = connect(either_server, default_model=model)
     client.complete(PROMPT)
-    error = error_of(client.complete, "x", timeout=LIMIT)
-    assert (type(error), str(error)) == (LLMTimeoutError, NO_REPLY.format(url=server.url))
-    assert ([request.connection for request in server.requests], pauses) == ([1, 1], [])
-
-
-def test_a_timeout_after_asking_for_the_model(server, connect, pauses):
-    server.script(stall(), path="/v1/completions")
-    error = error_of(connect(server, default_model=None).complete, "x", timeout=LIMIT)
-    assert (type(error), str(error)) == (LLMTimeoutError, NO_REPLY.format(url=server.url))
-    assert ([request.connection for request in server.requests], pauses) == ([1, 1], [])
-
-
-def test_events_received_in_a_chunk_that_stays_open_are_kept(server, connect):
-    raw = b"data: " + PAYLOAD + b"\n\n"
-    server.script(stall(SSE_HEAD + b"fff\r\n" + raw))
-    error = error_of(list, connect(server).stream_complete("x", stream_idle_timeout=LIMIT))
-    assert (type(error), error.partial.text) == (LLMTimeoutError, "a")
+    with after_limit():
+        assert type(caught(client.complete, "x", timeout=LIMIT)) is LLMTimeoutError
+    either_server.aborted.get(timeout=1)
+    assert {request.connection for request in either_server.requests} == {1}
+    assert (len(either_server.requests), retries.pauses) == (len(steps), [])
 
 
 def test_comments_keep_a_stream_alive(server, connect):
     def step(connection: Connection) -> None:
-        connection.send(SSE_HEAD + chunk(text_event("a")))
+        connection.send(FIRST)
         for _ in range(6):
             connection.pause(0.1)
             connection.send(chunk(b": keep-alive\n\n"))
@@ -7214,71 +3357,60 @@ def test_comments_keep_a_stream_alive(server, connect):
 
     server.script(step)
     stream = connect(server).stream_complete("x", stream_idle_timeout=0.4)
-    assert "".join(delta.text for delta in stream) == "ab"
+    assert texts_of(stream) == ["a", "b"]
 
 
 def test_a_stream_that_produces_is_never_cut_by_timeout(server, connect):
-    server.script(_trickle(10, chunk(text_event("a")), SSE_HEAD, 0.05))
+    server.script(repeat(chunk(text_event("a")), every_s=0.05))
     stream = connect(server).stream_complete("x", timeout=0.4, stream_idle_timeout=NEVER)
-    begun = time.monotonic()
-    assert [next(stream).text for _ in range(10)] == ["a"] * 10
-    assert time.monotonic() - begun > 0.4
+    started_at = time.monotonic()
+    assert texts_of(next(stream) for _ in range(10)) == ["a"] * 10
+    assert time.monotonic() - started_at > 0.4
     stream.close()
 
 
-def test_a_slow_consumer_is_not_punished(server, connect):
+@pytest.mark.parametrize("is_whole", [row(False, id="stream"), row(True, id="whole-reply")])
+def test_a_slow_consumer_is_not_punished(server, connect, is_whole):
     has_read = threading.Event()
 
     def step(connection: Connection) -> None:
-        connection.send(SSE_HEAD + chunk(text_event("a")))
+        connection.send(FIRST)
         has_read.wait(IN_TIME)
         connection.send(chunk(text_event("b")) + chunk("[DONE]") + LAST_CHUNK)
 
-    server.script(step)
+    choices = [*text_event("a")["choices"], *text_event("b")["choices"]]
+    server.script(reply(200, {"choices": choices}) if is_whole else step)
     stream = connect(server).stream_complete("x", timeout=0.3, stream_idle_timeout=0.3)
     assert next(stream).text == "a"
     has_read.set()
     time.sleep(0.4)
-    assert [delta.text for delta in stream] == ["b"]
-
-
-def test_a_slow_consumer_of_a_whole_reply_is_not_punished(server, connect):
-    first, second = text_event("a"), text_event("b")
-    server.script(reply(200, {"choices": first["choices"] + second["choices"]}))
-    stream = connect(server).stream_complete("x", timeout=0.2)
-    assert next(stream).text == "a"
-    time.sleep(0.25)
-    assert [delta.text for delta in stream] == ["b"]
+    assert texts_of(stream) == ["b"]
 
 
 def test_deadline_counts_retries_and_pauses(server, connect):
     server.script(*[reply(503)] * 500)
     client = connect(server, max_retries=500, max_retry_delay=0.02)
-    begun = time.monotonic()
-    error = error_of(client.complete, "x", deadline=LIMIT)
-    assert time.monotonic() - begun < IN_TIME
-    assert type(error) is LLMTimeoutError
-    assert error.retryable is False
+    with at_once(IN_TIME):
+        error = caught(client.complete, "x", deadline=LIMIT)
+    assert (type(error), error.retryable) == (LLMTimeoutError, False)
     assert 1 < len(server.requests) < 100
 
 
-def test_a_pause_beyond_the_deadline_is_not_begun(server, connect, pauses):
+def test_a_pause_beyond_the_deadline_is_not_begun(server, connect, retries):
     server.script(reply(503, {"error": "busy"}, {"Retry-After": "20"}))
-    error = error_of(connect(server).complete, "x", deadline=10)
+    error = caught(connect(server).complete, "x", deadline=10)
     assert type(error) is LLMTimeoutError
-    text = f"the deadline leaves no time to try again: 503 'busy': POST {server.url}/v1/completions{ADVICE_503}"
-    assert (str(error), error.retryable, pauses) == (text, False, [])
-    assert isinstance(error.__cause__, ProviderUnavailableError)
+    cause = error.__cause__
+    assert type(cause) is ProviderUnavailableError
+    assert str(error) == f"the deadline leaves no time to try again: {cause}"
+    assert (error.retryable, error.status_code, retries.pauses) == (False, 503, [])
 
 
-def test_timeout_counts_anew_for_each_attempt(server, connect, monkeypatch):
+def test_timeout_counts_anew_for_each_attempt(server, connect):
     def slow(status: int) -> Step:
-        return lambda connection: (
-            connection.pause(0.2),
-            connection.send(reply(status, text_event("a"))),
-        )
+        raw = reply(status, text_event("a"))
+        return lambda connection: (connection.pause(0.2), connection.send(raw))
 
-    monkeypatch.setattr(random, "uniform", lambda _low, _high: 0.0)
     server.script(slow(503), slow(503), slow(200))
     assert connect(server).complete("x", timeout=0.5).text == "a"
 
@@ -7286,28 +3418,23 @@ def test_timeout_counts_anew_for_each_attempt(server, connect, monkeypatch):
 @pytest.mark.parametrize(
     "limit",
     [
-        pytest.param(math.inf, id="none"),
-        pytest.param(1e12, id="more-than-the-clock-holds"),
-        pytest.param(sys.float_info.max, id="the-most"),
+        row(math.inf, id="none"),
+        row(1e12, id="more-than-a-clock-holds"),
+        row(sys.float_info.max, id="largest-number"),
+        row(4_294_967.4, id="100-ms-to-poll-which-takes-32-bits-of-ms"),
     ],
 )
-def test_no_limit(server, connect, limit):
+def test_very_long_limits(server, connect, limit):
+    server.script(lambda connection: (connection.pause(0.3), server.answer(connection)))
     client = connect(server, timeout=limit, stream_idle_timeout=limit, connect_timeout=limit)
     assert client.complete(PROMPT, deadline=limit).text == " Paris."
-    assert [delta.text for delta in client.stream_complete(PROMPT)] == [" Paris", ".", ""]
-    client.health(wait=limit)
+    assert texts_of(client.stream_complete(PROMPT)) == [" Paris", ".", ""]
+    assert client.health(wait=limit) is True
 
 
-def test_a_limit_that_poll_would_wrap_around_is_kept(server, connect):
-    """2**32 ms and 100 ms more are 100 ms to poll(2), which takes an int of them."""
-    server.script(lambda connection: (connection.pause(0.3), server.answer(connection)))
-    assert connect(server).complete(PROMPT, timeout=4_294_967.4).text == " Paris."
-
-
-@pytest.mark.skipif(
-    sys.platform != "linux", reason="only Linux leaves a connection to a full queue unanswered"
-)
-def test_connect_timeout(connect, pauses):
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux alone leaves a full queue unanswered")
+@pytest.mark.parametrize("limit", ["connect_timeout", "timeout", "deadline"])
+def test_limits_while_connecting(connect, retries, limit):
     with socket.socket() as listener, contextlib.ExitStack() as stack:
         listener.bind(("127.0.0.1", 0))
         listener.listen(0)
@@ -7315,70 +3442,69 @@ def test_connect_timeout(connect, pauses):
             sock = stack.enter_context(socket.socket())
             sock.setblocking(False)
             sock.connect_ex(listener.getsockname())
-        url = url_of(listener)
-        begun = time.monotonic()
-        error = error_of(connect(url, connect_timeout=LIMIT).complete, "x")
-        assert LIMIT * 0.9 <= time.monotonic() - begun < IN_TIME
-        where = f"POST {url}/v1/completions"
-        assert (
-            str(error)
-            == f"no connection in time: {where}; is the host right, and does a firewall block it? (connect_timeout)"
-        )
-        assert (type(error), error.retryable, pauses) == (LLMTimeoutError, True, [])
+
+        limits = {"connect_timeout": 10, "timeout": NEVER, limit: LIMIT}
+        deadline = limits.pop("deadline", None)
+        client = connect(url_of(listener), **limits)
+        with after_limit():
+            error = caught(client.complete, "x", deadline=deadline)
+    assert (type(error), error.retryable) == (LLMTimeoutError, limit != "deadline")
+    expected = {
+        "connect_timeout": "is the host right, and does a firewall block it? (connect_timeout)",
+        "timeout": "raise timeout, or ask for fewer tokens",
+        "deadline": "give the call more time",
+    }
+    assert str(error).endswith(f": POST {client.config.base_url}/v1/completions; {expected[limit]}")
+    assert retries.pauses == []
 
 
-def test_a_tls_handshake_that_stalls_is_cut_by_connect_timeout(connect, pauses):
+@pytest.mark.parametrize(
+    ("scheme", "prompt", "limit"),
+    [
+        row("https", "x", {"connect_timeout": LIMIT}, id="tls-handshake-that-stalls"),
+        row("http", "x" * 8_000_000, {"timeout": LIMIT}, id="server-that-never-reads"),
+    ],
+)
+def test_limits_against_a_silent_listener(connect, retries, scheme, prompt, limit):
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        begun = time.monotonic()
-        client = connect(url_of(listener, "https"), connect_timeout=LIMIT)
-        error = error_of(client.complete, "x")
-        assert LIMIT * 0.9 <= time.monotonic() - begun < IN_TIME
-        assert (type(error), error.retryable, pauses) == (LLMTimeoutError, True, [])
+        client = connect(url_of(listener, scheme), **limit)
+        with after_limit():
+            error = caught(client.complete, prompt)
+    assert (type(error), error.retryable, retries.pauses) == (LLMTimeoutError, True, [])
 
 
-def test_a_server_that_never_reads(connect):
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        client = connect(url_of(listener))
-        begun = time.monotonic()
-        error = error_of(client.complete, "x" * 8_000_000, timeout=LIMIT)
-        assert LIMIT * 0.9 <= time.monotonic() - begun < IN_TIME
-        assert type(error) is LLMTimeoutError
-
-
-def test_the_words_of_an_error_may_not_take_forever(server, connect, monkeypatch):
+def test_the_body_of_an_error_may_not_take_long(server, connect, monkeypatch):
     monkeypatch.setattr(vllm_provider, "ERROR_BODY_S", LIMIT)
     server.script(stall(reply(400, "x" * 99)[:-9]))
-    begun = time.monotonic()
-    error = error_of(connect(server).complete, "y")
-    assert time.monotonic() - begun < IN_TIME
-    assert (type(error), error.status_code) == (InvalidRequestError, 400)
+    with after_limit():
+        error = caught(connect(server).complete, "y")
+    assert (type(error), error.server_message) == (InvalidRequestError, "x" * 90)
     server.aborted.get(timeout=1)
 
 
 @pytest.mark.parametrize(
-    "is_apart", [pytest.param(True, id="apart"), pytest.param(False, id="in-one-segment")]
+    "step",
+    [
+        row(stall(sse(text_event("a"), text_event("b"), end=False)), id="in-one-segment"),
+        row(
+            lambda connection: (
+                connection.send(FIRST + chunk(text_event("b"))),
+                connection.pause(0.05),
+                connection.send(chunk("[DONE]")),
+                connection.sleep_until_closed(),
+            ),
+            id="apart",
+        ),
+        row(
+            repeat(chunk(b": x\n\n"), sse(text_event("a"), text_event("b"), end=False), 0.005),
+            id="goes-on-after-it",
+        ),
+    ],
 )
-def test_a_stream_without_its_last_chunk_ends_at_done(server, connect, is_apart):
-    def step(connection: Connection) -> None:
-        connection.send(SSE_HEAD)
-        parts = [chunk(text_event("a")), chunk(text_event("b")), chunk("[DONE]")]
-        for part in parts if is_apart else [b"".join(parts)]:
-            connection.send(part)
-            connection.pause(0.05)
-        connection.sleep_until_closed()
-
+def test_a_stream_ends_at_done_without_its_last_chunk(server, connect, step):
     server.script(step)
-    begun = time.monotonic()
-    assert [delta.text for delta in connect(server).stream_complete("x")] == ["a", "b"]
-    assert time.monotonic() - begun < IN_TIME
-    server.aborted.get(timeout=1)
-
-
-def test_a_server_that_goes_on_after_done_is_left(server, connect):
-    server.script(_trickle(500, chunk(b": more\n\n"), sse(text_event("a"), end=False), 0.005))
-    begun = time.monotonic()
-    assert [delta.text for delta in connect(server).stream_complete("x")] == ["a"]
-    assert time.monotonic() - begun < IN_TIME
+    with at_once(IN_TIME):
+        assert texts_of(connect(server).stream_complete("x")) == ["a", "b"]
     server.aborted.get(timeout=1)
 
 
@@ -7389,166 +3515,153 @@ STOPS: Final = {
     "close": lambda _client, stream: stream.close(),
     "client.close": lambda client, _stream: client.close(),
 }
+each_stop: Final = pytest.mark.parametrize("stop", STOPS)
+MODELS: Final = "/v1/models"
 GENERATION: Final = "/v1/completions"
+CLOSING: Final = {"Connection": "close"}
+NO_MODEL: Final = reply(404, error_payload("The model `parrot` does not exist.", 404))
+# path and step of each request, and the text that has arrived then
 STOP_PHASES: Final = [
-    pytest.param([(GENERATION, stall())], "", id="before-headers"),
-    pytest.param([(GENERATION, stall(SSE_HEAD[:60]))], "", id="mid-headers"),
-    pytest.param([(GENERATION, stall(SSE_HEAD))], "", id="after-headers"),
-    pytest.param(
-        [(GENERATION, stall(SSE_HEAD + chunk(text_event("a"))))], "a", id="between-events"
-    ),
-    pytest.param(
-        [(GENERATION, stall(SSE_HEAD + chunk(text_event("a")) + chunk("bcde")[:8]))],
-        "a",
-        id="mid-event",
-    ),
-    pytest.param([(GENERATION, stall(reply(200, "x" * 99)[:-9]))], "", id="mid-json"),
-    pytest.param([(GENERATION, stall(reply(500, "x" * 99)[:-9]))], "", id="mid-error"),
-    pytest.param(
-        [(GENERATION, reply(503)), (GENERATION, stall())], "", id="second-attempt-same-connection"
-    ),
-    pytest.param(
-        [(GENERATION, reply(503, headers={"Connection": "close"})), (GENERATION, stall())],
+    row([(GENERATION, stall())], "", id="before-headers"),
+    row([(GENERATION, stall(SSE_HEAD[:60]))], "", id="mid-headers"),
+    row([(GENERATION, stall(SSE_HEAD))], "", id="after-headers"),
+    row([(GENERATION, stall(FIRST))], "a", id="between-events"),
+    row([(GENERATION, stall(FIRST + chunk("bcde")[:8]))], "a", id="mid-event"),
+    row([(GENERATION, stall(LONG_REPLY[:-9]))], "", id="mid-json"),
+    row([(GENERATION, stall(reply(500, "x" * 99)[:-9]))], "", id="mid-error"),
+    row([(GENERATION, reply(503)), (GENERATION, stall())], "", id="second-attempt"),
+    row([(GENERATION, reply(503, "", CLOSING)), (GENERATION, stall())], "", id="new-connection"),
+    row([(MODELS, stall())], "", id="asking-for-the-model"),
+    row([(MODELS, None), (GENERATION, stall(FIRST))], "a", id="after-asking-for-the-model"),
+    row(
+        [(MODELS, None), (GENERATION, NO_MODEL), (MODELS, stall())],
         "",
-        id="second-attempt-new-connection",
-    ),
-    pytest.param([("/v1/models", stall())], "", id="asking-for-the-model"),
-    pytest.param(
-        [("/v1/models", None), (GENERATION, stall())], "", id="after-asking-for-the-model"
-    ),
-    pytest.param(
-        [("/v1/models", None), (GENERATION, stall(SSE_HEAD + chunk(text_event("a"))))],
-        "a",
-        id="model-then-events",
+        id="asking-for-the-model-again",
     ),
 ]
 
 
-@pytest.mark.parametrize("tls", [pytest.param(False, id="http"), pytest.param(True, id="https")])
-@pytest.mark.parametrize("stop", STOPS)
+def assert_stopped(outcome: Any, stop: str, text: str | None = None) -> None:
+    """Check what the thread that reads a stream gets: the end after close(), else AbortError."""
+    if stop == "close":
+        assert isinstance(outcome, list), outcome
+        assert text is None or "".join(texts_of(outcome)) == text
+        return
+    assert type(outcome) is AbortError, outcome
+    assert str(outcome) == "the call was stopped by its caller"
+    assert outcome.retryable is False
+    assert text is None or outcome.partial.text == text
+
+
+@each_stop
 @pytest.mark.parametrize(("steps", "text"), STOP_PHASES)
-def test_stop_from_another_thread(connect, monkeypatch, tls_files, steps, text, stop, tls):
-    monkeypatch.setattr(random, "uniform", lambda _low, _high: 0.0)
-    with StandIn(tls=tls_files if tls else None) as server:
-        for path, step in steps:
-            server.script(step, path=path)
-        model = None if steps[0][0] == "/v1/models" else MODEL
-        client = connect(
-            server, default_model=model, timeout=NEVER, verify=tls_files[0] if tls else True
-        )
-        stream = client.stream_complete("x")
-        caller = InThread(list, stream)
-        wait_until(lambda: len(server.requests) == len(steps) and stream.completion.text == text)
-        begun = time.monotonic()
-        STOPS[stop](client, stream)
-        outcome = caller.outcome()
-        assert time.monotonic() - begun < 0.9
-        assert server.aborted.get(timeout=1) - begun < 1
-        if stop == "close":
-            assert [delta.text for delta in outcome] == list(text)
-        else:
-            assert type(outcome) is AbortError
-            assert str(outcome) == "the call was stopped by its caller"
-            assert (outcome.retryable, outcome.partial.text) == (False, text)
-            assert outcome.request_id == stream.completion.request_id
-        assert len(server.requests) == len(steps)
-        assert list(stream) == []
+@http_and_https
+def test_stop_in_every_phase(either_server, connect, steps, text, stop):
+    for path, step in steps:
+        either_server.script(step, path=path)
+    model = None if steps[0][0] == MODELS else MODEL
+    client = connect(either_server, default_model=model, timeout=NEVER)
+    stream = client.stream_complete("x")
+    reader = InThread(list, stream)
+    requests_seen = either_server.requests
+    wait_until(lambda: len(requests_seen) == len(steps) and stream.completion.text == text)
+
+    started_at = time.monotonic()
+    STOPS[stop](client, stream)
+    outcome = reader.outcome()
+    assert time.monotonic() - started_at < 0.9
+    assert either_server.aborted.get(timeout=1) - started_at < 1
+    assert_stopped(outcome, stop, text)
+    if stop != "close":
+        assert outcome.request_id == stream.request_id
+    assert len(requests_seen) == len(steps)
+    assert list(stream) == []
 
 
-@pytest.mark.parametrize(
-    "retry_after", [pytest.param("20", id="seconds"), pytest.param("1e15", id="ages")]
-)
-@pytest.mark.parametrize("stop", STOPS)
-def test_stop_in_a_retry_pause(server, connect, stop, retry_after):
+@pytest.mark.parametrize("retry_after", [row("20", id="seconds"), row("1e15", id="ages")])
+@each_stop
+def test_stop_in_a_retry_pause(server, connect, retries, stop, retry_after):
+    is_pausing = threading.Event()
+    retries.on_retry = is_pausing.set
     server.script(reply(503, headers={"Retry-After": retry_after}))
     client = connect(server, max_retry_delay=math.inf)
     stream = client.stream_complete("x")
-    caller = InThread(list, stream)
-    wait_until(lambda: server.requests and server.running == 0)
-    time.sleep(0.02)
-    begun = time.monotonic()
-    STOPS[stop](client, stream)
-    outcome = caller.outcome()
-    assert time.monotonic() - begun < 0.9
-    assert outcome == [] if stop == "close" else type(outcome) is AbortError
+    reader = InThread(list, stream)
+    assert is_pausing.wait(IN_TIME)
+    with at_once():
+        STOPS[stop](client, stream)
+        assert_stopped(reader.outcome(), stop)
     assert len(server.requests) == 1
 
 
-@pytest.mark.parametrize("stop", STOPS)
-@pytest.mark.parametrize("tls", [pytest.param(False, id="http"), pytest.param(True, id="https")])
-def test_a_stopped_call_does_not_look_like_a_stale_connection(connect, tls_files, stop, tls):
-    with StandIn(tls=tls_files if tls else None) as server:
-        client = connect(server, verify=tls_files[0] if tls else True)
-        client.complete(PROMPT)
-        server.script(stall())
-        stream = client.stream_complete("x")
-        caller = InThread(list, stream)
-        wait_until(lambda: len(server.requests) == 2)
-        STOPS[stop](client, stream)
-        outcome = caller.outcome()
-        assert outcome == [] if stop == "close" else type(outcome) is AbortError
-        server.aborted.get(timeout=1)
-        assert [request.connection for request in server.requests] == [1, 1]
+@each_stop
+@http_and_https
+def test_a_stopped_call_does_not_look_like_a_stale_connection(either_server, connect, stop):
+    client = connect(either_server)
+    client.complete(PROMPT)
+    either_server.script(stall())
+    stream = client.stream_complete("x")
+    reader = InThread(list, stream)
+    wait_until(lambda: len(either_server.requests) == 2)
+    STOPS[stop](client, stream)
+    assert_stopped(reader.outcome(), stop)
+    either_server.aborted.get(timeout=1)
+    assert [request.connection for request in either_server.requests] == [1, 1]
 
 
-@pytest.mark.parametrize("stop", STOPS)
-def test_stop_while_the_host_is_looked_up(server, connect, monkeypatch, pauses, stop):
-    is_asked, is_known, look_up = queue.Queue(), queue.Queue(), socket.getaddrinfo
+@each_stop
+def test_stop_while_the_host_is_looked_up(server, connect, monkeypatch, retries, stop):
+    has_begun, may_end, look_up = threading.Event(), threading.Event(), socket.getaddrinfo
 
     def getaddrinfo(*args: Any, **options: Any) -> Any:
-        is_asked.put(True)
-        is_known.get(timeout=IN_TIME)
+        has_begun.set()
+        may_end.wait(IN_TIME)
         return look_up(*args, **options)
 
     monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
     client = connect(server)
     stream = client.stream_complete("x")
-    caller = InThread(list, stream)
-    is_asked.get(timeout=IN_TIME)
+    reader = InThread(list, stream)
+    assert has_begun.wait(IN_TIME)
     STOPS[stop](client, stream)
-    is_known.put(True)
-    outcome = caller.outcome()
-    assert outcome == [] if stop == "close" else type(outcome) is AbortError
-    assert (server.requests, pauses) == ([], [])
+    may_end.set()
+    assert_stopped(reader.outcome(), stop)
+    assert (server.requests, retries.pauses) == ([], [])
 
 
-@pytest.mark.parametrize("stop", STOPS)
+@each_stop
 def test_stop_while_the_request_is_sent(connect, stop):
     with socket.create_server(("127.0.0.1", 0)) as listener:
         client = connect(url_of(listener))
         stream = client.stream_complete("x" * 8_000_000)
-        caller = InThread(list, stream)
+        reader = InThread(list, stream)
         with listener.accept()[0] as sock:
             assert sock.recv(100).startswith(b"POST /v1/completions")
-            begun = time.monotonic()
-            STOPS[stop](client, stream)
-            outcome = caller.outcome()
-            assert time.monotonic() - begun < 0.9
-        assert outcome == [] if stop == "close" else type(outcome) is AbortError
+            with at_once():
+                STOPS[stop](client, stream)
+                assert_stopped(reader.outcome(), stop)
 
 
-@pytest.mark.parametrize("stop", STOPS)
-def test_stop_of_a_stream_between_its_events_by_its_own_thread(server, connect, stop):
-    server.script(stall(SSE_HEAD + chunk(text_event("a"))))
+@each_stop
+def test_stop_between_two_events_by_the_reading_thread(server, connect, stop):
+    server.script(stall(FIRST))
     client = connect(server)
     stream = client.stream_complete("x")
     assert next(stream).text == "a"
     STOPS[stop](client, stream)
     server.aborted.get(timeout=1)
     if stop == "close":
-        assert next(stream, None) is None
+        assert list(stream) == []
     else:
-        error = error_of(next, stream)
-        assert (type(error), error.partial.text) == (AbortError, "a")
+        assert_stopped(caught(next, stream), stop, "a")
     assert len(server.requests) == 1
 
 
 @pytest.mark.parametrize(
     "raw",
     [
-        pytest.param(sse(text_event("a"), text_event("b"), text_event("c")), id="chunk-by-chunk"),
-        pytest.param(SSE_HEAD + chunk(CUT_BODY) + LAST_CHUNK, id="in-one-chunk"),
-        pytest.param(LENGTH_HEAD + CUT_BODY, id="not-chunked"),
+        row(sse(text_event("a"), text_event("b"), text_event("c")), id="chunk-by-chunk"),
+        row(SSE_HEAD + chunk(EVENT_A * 2), id="in-one-chunk"),
     ],
 )
 def test_nothing_comes_after_cancel_even_where_more_has_arrived(server, connect, raw):
@@ -7556,35 +3669,20 @@ def test_nothing_comes_after_cancel_even_where_more_has_arrived(server, connect,
     stream = connect(server).stream_complete("x")
     assert next(stream).text == "a"
     stream.cancel()
-    error = error_of(next, stream)
-    assert type(error) is AbortError
+    assert type(caught(next, stream)) is AbortError
 
 
 @pytest.mark.parametrize("stop", ["cancel", "close"])
 def test_stop_before_the_start_sends_nothing(server, connect, stop):
-    client = connect(server, default_model=None)
-    stream = client.stream_complete("x")
-    STOPS[stop](client, stream)
-    outcome = InThread(list, stream).outcome()
-    assert outcome == [] if stop == "close" else type(outcome) is AbortError
+    for enter in (list, lambda stream: list(stream.__enter__())):
+        client = connect(server, default_model=None)
+        stream = client.stream_complete("x")
+        STOPS[stop](client, stream)
+        assert_stopped(InThread(enter, stream).outcome(), stop)
     assert server.requests == []
 
 
-@pytest.mark.parametrize("stop", ["cancel", "close"])
-def test_stop_before_entering(server, connect, stop):
-    client = connect(server)
-    stream = client.stream_complete("x")
-    STOPS[stop](client, stream)
-    if stop == "close":
-        with stream:
-            assert list(stream) == []
-    else:
-        with pytest.raises(AbortError), stream:
-            pytest.fail("entered")
-    assert server.requests == []
-
-
-@pytest.mark.parametrize("stop", STOPS)
+@each_stop
 def test_stop_while_the_last_bytes_are_awaited_takes_nothing_away(
     server, connect, monkeypatch, stop
 ):
@@ -7592,18 +3690,17 @@ def test_stop_while_the_last_bytes_are_awaited_takes_nothing_away(
     server.script(stall(sse(text_event("a"), end=False)))
     client = connect(server)
     stream = client.stream_complete("x")
-    caller = InThread(list, stream)
+    reader = InThread(list, stream)
     wait_until(lambda: stream.completion.text == "a")
     time.sleep(0.02)
-    begun = time.monotonic()
-    STOPS[stop](client, stream)
-    outcome = caller.outcome()
-    assert time.monotonic() - begun < 0.9
+    with at_once():
+        STOPS[stop](client, stream)
+        outcome = reader.outcome()
     assert outcome == [Delta(text="a")] or outcome.partial.text == "a"
     server.aborted.get(timeout=1)
 
 
-@pytest.mark.parametrize("stop", STOPS)
+@each_stop
 def test_stop_of_a_finished_stream_changes_nothing(server, connect, stop):
     client = connect(server)
     stream = client.stream_complete(PROMPT)
@@ -7613,121 +3710,98 @@ def test_stop_of_a_finished_stream_changes_nothing(server, connect, stop):
     assert client.complete(PROMPT).text == " Paris."
 
 
-@pytest.mark.parametrize("tls", [pytest.param(False, id="http"), pytest.param(True, id="https")])
-@pytest.mark.parametrize(
-    "is_stream", [pytest.param(True, id="stream"), pytest.param(False, id="plain")]
-)
-def test_a_late_stop_does_not_hit_the_next_call_on_the_same_connection(
-    connect, tls_files, is_stream, tls
+@http_and_https
+def test_a_late_stop_does_not_reach_the_next_call_on_its_connection(either_server, connect):
+    client = connect(either_server)
+    finished = client.stream_complete(PROMPT)
+    assert len(list(finished)) == 3
+    may_go_on = threading.Event()
+
+    def step(connection: Connection) -> None:
+        connection.send(FIRST)
+        may_go_on.wait(IN_TIME)
+        connection.send(chunk(text_event("b")) + chunk("[DONE]") + LAST_CHUNK)
+
+    either_server.script(step)
+    reader = InThread(list, client.stream_complete("x"))
+    wait_until(lambda: len(either_server.requests) == 2)
+    finished.cancel()
+    finished.close()
+    may_go_on.set()
+    assert texts_of(reader.outcome()) == ["a", "b"]
+    assert [request.connection for request in either_server.requests] == [1, 1]
+
+
+def test_stop_of_a_failed_attempt_does_not_reach_a_call_that_took_its_connection(
+    server, connect, retries
 ):
-    with StandIn(tls=tls_files if tls else None) as server:
-        client = connect(server, verify=tls_files[0] if tls else True)
-        finished = client.stream_complete(PROMPT)
-        assert len(list(finished)) == 3
-        may_go_on = threading.Event()
-
-        def step(connection: Connection) -> None:
-            connection.send(SSE_HEAD + chunk(text_event("a")))
-            may_go_on.wait(IN_TIME)
-            connection.send(chunk(text_event("b")) + chunk("[DONE]") + LAST_CHUNK)
-
-        server.script(step)
-        caller = InThread(
-            list, client.stream_complete("x") if is_stream else client.stream_chat("x")
-        )
-        wait_until(lambda: len(server.requests) == 2)
-        finished.cancel()
-        finished.close()
-        may_go_on.set()
-        assert [delta.text for delta in caller.outcome()] == ["a", "b"]
-        assert [request.connection for request in server.requests] == [1, 1]
-
-
-def test_stop_of_a_failed_attempt_does_not_hit_a_call_that_took_its_connection(server, connect):
+    is_pausing = threading.Event()
+    retries.on_retry = is_pausing.set
     client = connect(server)
     server.script(reply(503, headers={"Retry-After": "20"}))
     pausing = client.stream_complete("x")
-    caller = InThread(list, pausing)
-    wait_until(lambda: server.requests and server.running == 0)
-    time.sleep(0.05)
-    server.script(_trickle(3, chunk(text_event("a")), SSE_HEAD, 0.01))
-    other = client.stream_complete("y")
-    assert next(other).text == "a"
-    assert [request.connection for request in server.requests] == [1, 1]
-    pausing.cancel()
-    assert type(caller.outcome()) is AbortError
-    assert [next(other).text, next(other).text] == ["a", "a"]
-    other.close()
+    reader = InThread(list, pausing)
+    assert is_pausing.wait(IN_TIME)
+
+    server.script(repeat(chunk(text_event("a")), every_s=0.01))
+    with client.stream_complete("y") as other:
+        assert [request.connection for request in server.requests] == [1, 1]
+        pausing.cancel()
+        assert type(reader.outcome()) is AbortError
+        assert texts_of(next(other) for _ in range(3)) == ["a"] * 3
 
 
-def _raise_in_consumer(stream: Stream) -> None:
-    with stream:
+def leave_with(client: VLLMClient, kept: list[Stream]) -> None:
+    kept.append(client.stream_complete("x"))
+    with kept[0]:
+        pass
+
+
+def raise_in_with(client: VLLMClient, kept: list[Stream]) -> None:
+    kept.append(client.stream_complete("x"))
+    with kept[0] as stream:
         for _delta in stream:
             raise ZeroDivisionError
 
 
-def _leave_with(stream: Stream) -> None:
-    with stream:
-        pass
-
-
-def _raise_in_bare_loop(client: VLLMClient) -> None:
+def raise_in_loop(client: VLLMClient, kept: list[Stream]) -> None:
     for _delta in client.stream_complete("x"):
         raise ZeroDivisionError
 
 
-def _leave_generator(stream: Stream) -> None:
+def drop_generator(client: VLLMClient, kept: list[Stream]) -> None:
     def generator() -> Iterator[Delta]:
-        yield from stream
+        yield from client.stream_complete("x")
 
     next(generator())
 
 
-def _kept(leave: Callable[[Stream], None]) -> Callable[[VLLMClient, list[Stream]], None]:
-    def leave_kept(client: VLLMClient, kept: list[Stream]) -> None:
-        kept.append(client.stream_complete("x"))
-        leave(kept[0])
-
-    return leave_kept
-
-
-@pytest.mark.parametrize(
-    "leave",
-    [
-        pytest.param(_kept(_raise_in_consumer), id="exception-in-with"),
-        pytest.param(_kept(_leave_with), id="leaving-with"),
-        pytest.param(lambda client, _kept: _raise_in_bare_loop(client), id="exception-in-a-loop"),
-        pytest.param(lambda client, _kept: next(client.stream_complete("x")), id="dropped"),
-        pytest.param(
-            lambda client, _kept: _leave_generator(client.stream_complete("x")),
-            id="generator-dropped",
-        ),
-    ],
-)
-@pytest.mark.parametrize("tls", [pytest.param(False, id="http"), pytest.param(True, id="https")])
-def test_leaving_a_stream_stops_the_server(connect, tls_files, leave, tls):
-    with StandIn(tls=tls_files if tls else None) as server:
-        server.script(_trickle(9, chunk(text_event("a")), SSE_HEAD, 0.01))
-        client = connect(server, verify=tls_files[0] if tls else True)
-        kept: list[Stream] = []
-        with contextlib.suppress(ZeroDivisionError):
-            leave(client, kept)
-        server.aborted.get(timeout=1)
-        assert client.complete(PROMPT).text == " Paris."
-        assert [request.connection for request in server.requests] == [1, 2]
+@pytest.mark.parametrize("leave", [leave_with, raise_in_with, raise_in_loop, drop_generator])
+@http_and_https
+def test_leaving_a_stream_stops_the_server(either_server, connect, leave):
+    either_server.script(repeat(chunk(text_event("a")), every_s=0.01))
+    client = connect(either_server)
+    kept: list[Stream] = []
+    with contextlib.suppress(ZeroDivisionError):
+        leave(client, kept)
+    either_server.aborted.get(timeout=1)
+    assert client.complete(PROMPT).text == " Paris."
+    assert [request.connection for request in either_server.requests] == [1, 2]
 
 
 @pytest.mark.parametrize(
     "call",
     [
-        pytest.param(lambda client: client.complete("x"), id="complete"),
-        pytest.param(lambda client: client.chat("x"), id="chat"),
-        pytest.param(lambda client: client.models(), id="models"),
-        pytest.param(lambda client: client.version(), id="version"),
-        pytest.param(lambda client: client.tokenize("x"), id="tokenize"),
-        pytest.param(lambda client: client.detokenize([1]), id="detokenize"),
-        pytest.param(lambda client: client.health(), id="health"),
-        pytest.param(lambda client: client.health(wait=20), id="health-wait"),
+        row(lambda client: client.complete("x"), id="complete"),
+        row(lambda client: client.chat("x"), id="chat"),
+        row(lambda client: client.models(), id="models"),
+        row(lambda client: client.version(), id="version"),
+        row(lambda client: client.tokenize("x"), id="tokenize"),
+        row(lambda client: client.detokenize([1]), id="detokenize"),
+        row(lambda client: client.get("/load"), id="get"),
+        row(lambda client: client.post("/score", {}), id="post"),
+        row(lambda client: client.health(), id="health"),
+        row(lambda client: client.health(wait=20), id="health-wait"),
     ],
 )
 def test_closing_a_client_stops_every_call(server, connect, call):
@@ -7735,10 +3809,9 @@ def test_closing_a_client_stops_every_call(server, connect, call):
     server.script(*[stall()] * 3)
     callers = [InThread(call, client) for _ in range(3)]
     wait_until(lambda: len(server.requests) == 3)
-    begun = time.monotonic()
-    client.close()
-    assert [type(caller.outcome()) for caller in callers] == [AbortError] * 3
-    assert time.monotonic() - begun < 0.9
+    with at_once():
+        client.close()
+        assert [type(caller.outcome()) for caller in callers] == [AbortError] * 3
     for _ in callers:
         server.aborted.get(timeout=1)
     assert len(server.requests) == 3
@@ -7749,28 +3822,24 @@ def test_closing_a_client_while_it_waits_for_a_server(connect):
     client = connect(f"http://127.0.0.1:{closed_port()}")
     caller = InThread(client.health, 20.0)
     time.sleep(0.1)
-    begun = time.monotonic()
-    client.close()
-    assert type(caller.outcome()) is AbortError
-    assert time.monotonic() - begun < 0.9
+    with at_once():
+        client.close()
+        assert type(caller.outcome()) is AbortError
 
 
-@pytest.mark.parametrize("tls", [pytest.param(False, id="http"), pytest.param(True, id="https")])
-@pytest.mark.parametrize("stop", STOPS)
-def test_stop_while_events_pour_in(connect, tls_files, stop, tls):
+@each_stop
+@http_and_https
+def test_stop_while_events_pour_in(either_server, connect, stop):
     """Neither thread may see anything but the end, wherever the other one is."""
-    flood = chunk(text_event("a")) * 50
-    with StandIn(tls=tls_files if tls else None) as server:
-        client = connect(server, verify=tls_files[0] if tls else True)
-        for _ in range(5):
-            server.script(_trickle(1000, flood, SSE_HEAD, 0.0))
-            stream = client.stream_complete("x")
-            caller = InThread(list, stream)
-            wait_until(lambda stream=stream: stream.completion.choices)
-            STOPS[stop](client, stream)
-            outcome = caller.outcome()
-            assert isinstance(outcome, list if stop == "close" else AbortError), outcome
-            assert set(stream.completion.text) == {"a"}
+    client = connect(either_server)
+    for _ in range(5):
+        either_server.script(repeat(chunk(text_event("a")) * 50, every_s=0.0))
+        stream = client.stream_complete("x")
+        reader = InThread(list, stream)
+        wait_until(lambda stream=stream: stream.completion.choices)
+        STOPS[stop](client, stream)
+        assert_stopped(reader.outcome(), stop)
+        assert set(stream.completion.text) == {"a"}
 
 
 def test_a_thread_that_goes_on_while_another_closes_sees_the_end(server, connect, monkeypatch):
@@ -7782,7 +3851,7 @@ def test_a_thread_that_goes_on_while_another_closes_sees_the_end(server, connect
         close(response)
 
     monkeypatch.setattr(requests.Response, "close", slow_close)
-    server.script(stall(SSE_HEAD + chunk(text_event("a"))))
+    server.script(stall(FIRST))
     stream = connect(server).stream_complete("x")
     assert next(stream).text == "a"
     closer = InThread(stream.close)
@@ -7791,436 +3860,233 @@ def test_a_thread_that_goes_on_while_another_closes_sees_the_end(server, connect
     closer.outcome()
 
 
-def test_a_snapshot_may_be_taken_by_another_thread(server, connect, monkeypatch):
-    """Events with ever new fields make it hard: vLLM's last event brings one."""
-    server.script(sse(*[{**text_event("a"), f"field_{number}": 1} for number in range(1000)]))
+def test_a_second_thread_that_reads_gets_an_error(server, connect):
+    server.script(stall(FIRST))
+    stream = connect(server).stream_complete("x")
+    reader = InThread(list, stream)
+    wait_until(lambda: stream.completion.text)
+    message = "another thread is reading this Stream; only one can at a time"
+    assert str(caught(next, stream)) == message
+    assert reader.is_running()
+    stream.close()
+    assert texts_of(reader.outcome()) == ["a"]
+
+
+def test_a_snapshot_may_be_taken_by_another_thread(server, connect):
+    """Events with ever new fields make it hard: the last event of vLLM brings one."""
+    events = [{**text_event("a"), f"field_{number}": 1} for number in range(1000)]
+    server.script(sse(*events))
     stream = connect(server).stream_complete("x")
     interval = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)
     try:
-        caller, sizes = InThread(list, stream), [0]
-        while sizes[-1] < 1000 and caller.is_at_work():
+        reader, sizes = InThread(list, stream), [0]
+        while sizes[-1] < 1000 and reader.is_running():
             sizes.append(len(stream.completion.text))
     finally:
         sys.setswitchinterval(interval)
-    assert len(caller.outcome()) == 1000
+    assert len(reader.outcome()) == 1000
     assert sizes == sorted(sizes)
     assert len(stream.completion.payload) == 1000
 
 
-def _script(code: str, *args: str) -> subprocess.Popen[str]:
-    """Return a Python that runs `code`, with this vllm_provider to import."""
-    env = {
-        **os.environ,
-        "PYTHONPATH": str(Path(vllm_provider.__file__).parent),
-        "PYTHONDONTWRITEBYTECODE": "1",
-    }
-    command = [sys.executable, "-W", "error", "-c", code, *args]
-    return subprocess.Popen(
-        command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+# ---- Transport: groups of calls ---------------------------------------------
+
+
+def begin_inside(group: _CallGroup, function: Callable[..., Any], *args: Any) -> InThread:
+    """Call a function in another thread, as a part of the group."""
+    with group:
+        context = contextvars.copy_context()
+    return InThread(context.run, function, *args)
+
+
+def test_a_group_stops_its_calls_and_no_others(server, connect):
+    clients = [connect(server), connect(server)]
+    server.script(*[stall(FIRST)] * 3)
+    outside = InThread(clients[0].complete, "x")
+    group = _CallGroup()
+    inside = [begin_inside(group, client.complete, "x") for client in clients]
+    wait_until(lambda: len(server.requests) == 3)
+
+    with at_once():
+        group.stop()
+        assert [type(caller.outcome()) for caller in inside] == [AbortError] * 2
+    assert outside.is_running()
+    assert type(begin_inside(group, clients[1].models).outcome()) is AbortError
+    assert len(server.requests) == 3
+    clients[0].close()
+    assert type(outside.outcome()) is AbortError
+
+
+@pytest.mark.parametrize("is_outer", [True, False])
+def test_groups_nest(server, connect, is_outer):
+    server.script(stall())
+    groups = [_CallGroup(), _CallGroup()]
+    with groups[0]:
+        caller = begin_inside(groups[1], connect(server).complete, "x")
+    wait_until(lambda: server.requests)
+    groups[0 if is_outer else 1].stop()
+    assert type(caller.outcome()) is AbortError
+    assert connect(server).complete(PROMPT).text == " Paris."
+
+
+def test_a_group_that_is_stopped_leaves_what_has_ended_alone(server, connect):
+    client = connect(server)
+    with _CallGroup() as group:
+        stream = client.stream_complete(PROMPT)
+        assert len(list(stream)) == 3
+        group.stop()
+        assert stream.completion.text == " Paris."
+    assert client.complete(PROMPT).text == " Paris."
+
+
+# ---- Transport: signals -----------------------------------------------------
+
+
+class Signals:
+    """SIGUSR1 for the main thread, which runs the tests."""
+
+    def __init__(self) -> None:
+        self._is_over = threading.Event()
+
+    def handle_by(self, function: Callable[[], object]) -> None:
+        signal.signal(signal.SIGUSR1, lambda *_: function())
+
+    def send_after(self, wait: Callable[[], object]) -> InThread:
+        """Send it once `wait` has returned, and again and again: one may come before a read."""
+        self._is_over.clear()
+        return InThread(self._send, wait)
+
+    def _send(self, wait: Callable[[], object]) -> None:
+        wait()
+        while not self._is_over.is_set():
+            signal.pthread_kill(threading.main_thread().ident, signal.SIGUSR1)
+            self._is_over.wait(0.05)
+
+    def end(self) -> None:
+        self._is_over.set()
+
+
+@pytest.fixture
+def signals() -> Iterator[Signals]:
+    one = Signals()
+    yield one
+    one.end()
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+
+
+@each_stop
+@pytest.mark.parametrize(
+    ("steps", "text"),
+    [one for one in STOP_PHASES if one.id in ("before-headers", "mid-event", "mid-json")],
+)
+def test_stop_in_a_signal_handler(server, connect, signals, steps, text, stop):
+    server.script(*[step for _path, step in steps])
+    client = connect(server)
+    stream = client.stream_complete("x")
+    signals.handle_by(lambda: STOPS[stop](client, stream))
+    signals.send_after(
+        lambda: wait_until(lambda: server.requests and stream.completion.text == text)
     )
+    try:
+        outcome: Any = list(stream)
+    except AbortError as error:
+        outcome = error
+    signals.end()
+    assert_stopped(outcome, stop, text)
+    server.aborted.get(timeout=1)
+
+
+@each_stop
+def test_stop_in_a_signal_handler_at_any_instant(server, connect, signals, stop):
+    client = connect(server)
+    draw = random.Random(7)
+    for _ in range(30):
+        server.script(sse(*[text_event("a")] * 200), path=GENERATION)
+        stream = client.stream_complete("x")
+        signals.handle_by(functools.partial(STOPS[stop], client, stream))
+        sender = signals.send_after(functools.partial(time.sleep, draw.uniform(0.0, 0.006)))
+        with contextlib.suppress(AbortError):
+            list(stream)
+        signals.end()
+        sender.outcome()
+        assert set(stream.completion.text) <= {"a"}
+    wait_until(lambda: client.complete(PROMPT).text == " Paris.")
+
+
+class HandlerError(Exception):
+    """An error that no library raises."""
+
+
+@pytest.mark.parametrize("kind", [TimeoutError, OSError, ValueError, HandlerError])
+@pytest.mark.parametrize("step", [row(stall(), id="headers"), row(stall(SSE_HEAD), id="body")])
+@whole_and_stream
+def test_an_error_of_a_signal_handler_passes_unchanged(
+    server, connect, signals, kind, is_stream, step
+):
+    raised = kind("mine")
+
+    def handler() -> None:
+        signals.end()
+        raise raised
+
+    server.script(step)
+    client = connect(server)
+    signals.handle_by(handler)
+    signals.send_after(lambda: (wait_until(lambda: server.requests), time.sleep(0.05)))
+    with pytest.raises(kind) as info:
+        generate(client, is_stream)
+    assert info.value is raised
+    server.aborted.get(timeout=1)
+    assert len(server.requests) == 1
 
 
 INTERRUPTED: Final = """
-import sys, threading, time, vllm_provider
+import sys, time, vllm_provider
 client = vllm_provider.VLLMClient(sys.argv[1], default_model="parrot")
 try:
-    if sys.argv[2] == "plain":
-        client.complete("x")
-    else:
-        stream = client.stream_complete("x")
-        for delta in stream:
-            pass
+    client.complete("x") if sys.argv[2] == "whole" else list(client.stream_complete("x"))
 except KeyboardInterrupt:
-    print("interrupted", threading.active_count(), flush=True)
+    print("interrupted", flush=True)
     time.sleep(20)  # alive: it is not the end of the process that stops the server
 """
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="no SIGINT for one process there")
 @pytest.mark.parametrize(
-    ("kind", "step"),
-    [
-        pytest.param("plain", stall(), id="plain"),
-        pytest.param("stream", stall(SSE_HEAD + chunk(text_event("a"))), id="stream"),
-    ],
+    ("kind", "step"), [row("whole", stall(), id="whole"), row("stream", stall(FIRST), id="stream")]
 )
 def test_ctrl_c_stops_the_server(server, connect, kind, step):
     server.script(step)
-    with _script(INTERRUPTED, server.url, kind) as process:
+    with start_python(INTERRUPTED, server.url, kind) as process:
         wait_until(lambda: server.requests)
         time.sleep(0.05)
-        begun = time.monotonic()
+        started_at = time.monotonic()
         process.send_signal(signal.SIGINT)
-        assert server.aborted.get(timeout=2) - begun < 1
-        assert process.stdout.readline() == "interrupted 2\n"
+        assert server.aborted.get(timeout=2) - started_at < 1
+        assert process.stdout.readline() == "interrupted\n"
         process.kill()
-
-
-def test_stop_of_an_auxiliary_request_ends_the_call(server, connect):
-    gone = {"error": {"message": "The model `parrot` does not exist.", "code": 404}}
-    server.script(None, None, reply(404, gone), stall())
-    client = connect(server, default_model=None)
-    client.complete("x")
-    stream = client.stream_complete("x")
-    thread = InThread(list, stream)
-    wait_until(lambda: len(server.requests) == 4)
-    stream.cancel()
-    assert type(thread.outcome()) is AbortError
-    paths = ["/v1/models", "/v1/completions"]
-    assert [request.path for request in server.requests] == [*paths, *reversed(paths)]
-
-
-def test_a_client_of_another_process_opens_connections_of_its_own(server, connect, monkeypatch):
-    client = connect(server)
-    client.complete("x")
-    monkeypatch.setattr("os.getpid", lambda: -1)
-    client.complete("x")
-    assert [request.connection for request in server.requests] == [1, 2]
-
-
-# ---- Transport: TLS ---------------------------------------------------------
-
-
-@pytest.fixture
-def tls_server(tls_files) -> Iterator[StandIn]:
-    with StandIn(tls=tls_files) as one:
-        yield one
-
-
-UNKNOWN_CA: Final = (
-    "(self-signed certificate); set verify to the CA bundle that signed the server's certificate"
-)
-OTHER_HOST: Final = (
-    "(Hostname mismatch, certificate is not valid for 'other.test'.);"
-    " set base_url to a name in the server's certificate"
-)
-
-
-@pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
-def test_tls_with_its_own_ca(tls_server, tls_files, connect, host):
-    client = connect(tls_server.url.replace("127.0.0.1", host), verify=tls_files[0])
-    assert client.complete(PROMPT).text == " Paris."
-    assert [delta.text for delta in client.stream_complete(PROMPT)] == [" Paris", ".", ""]
-    assert [request.connection for request in tls_server.requests] == [1, 1]
-
-
-@pytest.mark.filterwarnings("ignore:Unverified HTTPS request")
-def test_tls_unverified(tls_server, connect):
-    assert connect(tls_server, verify=False).complete(PROMPT).text == " Paris."
-
-
-@pytest.mark.parametrize(
-    ("host", "verify", "reason"),
-    [
-        pytest.param("127.0.0.1", certifi.where(), UNKNOWN_CA, id="another-ca"),
-        pytest.param("127.0.0.1", True, UNKNOWN_CA, id="no-ca-of-ours"),
-        pytest.param("other.test", None, OTHER_HOST, id="another-host"),
-    ],
-)
-def test_a_certificate_that_is_not_good_is_not_retried(
-    tls_server, tls_files, connect, pauses, vllm_test_host, host, verify, reason
-):
-    url = tls_server.url.replace("127.0.0.1", host)
-    error = error_of(connect(url, verify=tls_files[0] if verify is None else verify).complete, "x")
-    assert type(error) is NetworkError
-    assert str(error) == f"no connection to {url}: TLS failed {reason}"
-    assert (error.retryable, pauses, tls_server.requests) == (False, [], [])
-
-
-def test_https_to_a_server_that_speaks_http(connect, pauses):
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-
-        def refuse() -> None:
-            with listener.accept()[0] as sock:
-                sock.recv(65536)
-                sock.sendall(reply(400, "Invalid HTTP request received."))
-
-        caller = InThread(refuse)
-        url = url_of(listener, "https")
-        error = error_of(connect(url).complete, "x")
-        caller.outcome()
-    assert type(error) is NetworkError
-    assert str(error).startswith(f"no connection to {url}: TLS failed (")
-    assert (error.retryable, pauses) == (False, [])
-
-
-def test_http_to_a_server_that_speaks_https(tls_server, connect, pauses):
-    url = tls_server.url.replace("https", "http")
-    error = error_of(connect(url).complete, "x")
-    assert type(error) is NetworkError
-    assert str(error).startswith(f"closed before a reply: POST {url}/v1/completions (")
-    assert str(error).endswith("); is vLLM still running, and is it http there?")
-    assert pauses == []
-
-
-@pytest.mark.parametrize(
-    ("verify", "is_trusted"),
-    [
-        pytest.param(True, True, id="environment-counts"),
-        pytest.param(certifi.where(), False, id="path-wins"),
-        pytest.param(False, True, id="off-wins"),
-    ],
-)
-@pytest.mark.parametrize("host", ["vllm.test", "localhost", "127.0.0.1"])
-@pytest.mark.filterwarnings("ignore:Unverified HTTPS request")
-def test_the_environments_ca_bundle(
-    tls_server, tls_files, connect, monkeypatch, vllm_test_host, host, verify, is_trusted
-):
-    make = connect  # it clears the environment
-    monkeypatch.setenv(
-        "REQUESTS_CA_BUNDLE", tls_files[0] if verify is not False else certifi.where()
-    )
-    client = make(tls_server.url.replace("127.0.0.1", host), verify=verify)
-    if is_trusted:
-        assert client.complete(PROMPT).text == " Paris."
-    else:
-        assert type(error_of(client.complete, PROMPT)) is NetworkError
-
-
-def test_a_connection_reset_while_tls_begins_is_retried(tls_server, tls_files, connect, pauses):
-    """A server that is starting behind a port forward does this."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-
-        def reset() -> None:
-            sock = listener.accept()[0]
-            sock.recv(1)
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-            sock.close()
-
-        caller = InThread(lambda: [reset() for _ in range(3)])
-        url = url_of(listener, "https")
-        error = error_of(connect(url, verify=tls_files[0], max_retries=2).complete, "x")
-        caller.outcome()
-    assert type(error) is NetworkError
-    assert str(error).startswith(
-        f"no connection to {url}: connection reset by peer; is vLLM running?"
-    )
-    assert pauses == [0.5, 1.0]
-
-
-# ---- Transport: retries -----------------------------------------------------
-
-
-def test_a_server_that_is_not_up_yet(connect, pauses):
-    port = closed_port()
-    with contextlib.ExitStack() as stack:
-
-        def start() -> None:
-            if len(pauses) == 2:
-                stack.enter_context(StandIn(port))
-
-        pauses.on_pause = start
-        assert connect(f"http://127.0.0.1:{port}").complete(PROMPT).text == " Paris."
-    assert pauses == [0.5, 1.0]
-
-
-def test_a_server_that_is_down(connect, pauses):
-    url = f"http://127.0.0.1:{closed_port()}"
-    error = error_of(connect(url).complete, "x")
-    assert type(error) is NetworkError
-    text = f"no connection to {url}: connection refused; is vLLM running? (curl {url}/health)"
-    assert (str(error), error.retryable, pauses) == (text, True, [0.5, 1.0, 2.0])
-
-
-def _date(seconds: float) -> str:
-    return email.utils.formatdate(time.time() + seconds, usegmt=True)
-
-
-@pytest.mark.parametrize(
-    ("status", "headers", "pause"),
-    [
-        pytest.param(429, {}, 0.5, id="429"),
-        pytest.param(502, {}, 0.5, id="502"),
-        pytest.param(503, {}, 0.5, id="503"),
-        pytest.param(503, {"Retry-After": "7"}, 7.5, id="seconds"),
-        pytest.param(429, {"Retry-After": "1.5"}, 2.0, id="fractions-of-seconds"),
-        pytest.param(503, {"Retry-After": "0"}, 0.5, id="less-than-our-own"),
-        pytest.param(503, {"Retry-After": "-5"}, 0.5, id="negative"),
-        pytest.param(503, {"Retry-After": "soon"}, 0.5, id="nonsense"),
-        pytest.param(503, {"Retry-After": "inf"}, 0.5, id="infinite"),
-        pytest.param(503, {"Retry-After": _date(-100)}, 0.5, id="date-gone-by"),
-    ],
-)
-def test_what_is_retried(server, connect, pauses, status, headers, pause):
-    server.script(reply(status, {"error": "busy"}, headers))
-    assert connect(server).complete(PROMPT).text == " Paris."
-    assert (len(server.requests), pauses) == (2, [pause])
-
-
-def test_pause_until_a_date(server, connect, pauses):
-    server.script(lambda connection: connection.send(reply(503, "", {"Retry-After": _date(20)})))
-    assert connect(server).complete(PROMPT).text == " Paris."
-    assert pauses == [pytest.approx(20, abs=2)]
-
-
-@pytest.mark.parametrize(
-    ("status", "kind"),
-    [
-        pytest.param(400, InvalidRequestError, id="400"),
-        pytest.param(403, AccessDeniedError, id="403"),
-        pytest.param(500, ProviderUnavailableError, id="500"),
-        pytest.param(501, ProviderUnavailableError, id="501"),
-        pytest.param(504, ProviderUnavailableError, id="504-vllm-is-still-at-work"),
-        pytest.param(418, StatusError, id="418"),
-    ],
-)
-def test_what_is_not_retried(server, connect, pauses, status, kind):
-    server.script(reply(status, {"error": "no"}, {"Retry-After": "1"}))
-    error = error_of(connect(server).complete, "x")
-    assert (type(error), error.status_code, error.retry_after) == (kind, status, 1.0)
-    assert error.server_message == "no"
-    assert (len(server.requests), pauses) == (1, [])
-
-
-def test_unknown_hosts_are_not_retried(connect, pauses, monkeypatch):
-    def look_up(*_args: Any, **_options: Any) -> None:
-        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
-
-    monkeypatch.setattr(socket, "getaddrinfo", look_up)
-    error = error_of(connect("http://vlm.test:8000").complete, "x")
-    text = "no connection to http://vlm.test:8000: unknown host; is base_url spelled right?"
-    assert (type(error), str(error), error.retryable, pauses) == (NetworkError, text, False, [])
-
-
-def test_retries_end_with_the_last_error(server, connect, pauses, caplog):
-    server.script(*[reply(503, {"error": "busy"}), reply(429, {"error": "quota"})] * 2)
-    error = error_of(connect(server).complete, "x")
-    assert type(error) is RateLimitError
-    assert (error.status_code, error.retryable, error.server_message) == (429, True, "quota")
-    assert (len(server.requests), pauses) == (4, [0.5, 1.0, 2.0])
-    where = f"POST {server.url}/v1/completions"
-    assert [
-        record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING
-    ] == [
-        f"retry 1 of 3 in 0.5 s: 503 'busy': {where}{ADVICE_503}",
-        f"retry 2 of 3 in 1.0 s: 429 'quota': {where}",
-        f"retry 3 of 3 in 2.0 s: 503 'busy': {where}{ADVICE_503}",
-    ]
-
-
-def test_no_retries_at_all(server, connect, pauses):
-    server.script(reply(503, {"error": "busy"}))
-    assert type(error_of(connect(server, max_retries=0).complete, "x")) is ProviderUnavailableError
-    assert (len(server.requests), pauses) == (1, [])
-
-
-def test_pauses_double_up_to_max_retry_delay(server, connect, pauses):
-    server.script(*[reply(503)] * 6)
-    assert connect(server, max_retries=6, max_retry_delay=3).complete(PROMPT).text == " Paris."
-    assert pauses == [0.5, 1.0, 2.0, 3.0, 3.0, 3.0]
-
-
-def test_pauses_are_random_within_their_upper_half(server, connect, pauses, monkeypatch):
-    asked = []
-    monkeypatch.setattr(random, "uniform", lambda low, high: asked.append((low, high)) or low)
-    server.script(reply(503), reply(503))
-    connect(server).complete(PROMPT)
-    assert (asked, pauses) == ([(0.25, 0.5), (0.5, 1.0)], [0.25, 0.5])
-
-
-def test_a_server_that_goes_down_between_attempts(server, connect, pauses):
-    pauses.on_pause = server.close
-    server.script(reply(503))
-    error = error_of(connect(server).complete, "x")
-    text = f"no connection to {server.url}: connection refused; is vLLM running? (curl {server.url}/health)"
-    assert (type(error), str(error), pauses) == (NetworkError, text, [0.5, 1.0, 2.0])
-
-
-@pytest.mark.parametrize(
-    "retry_after", [pytest.param("31", id="seconds"), pytest.param(_date(3600), id="date")]
-)
-def test_a_retry_after_above_max_retry_delay_ends_it(server, connect, pauses, retry_after):
-    server.script(reply(429, {"error": "quota"}, {"Retry-After": retry_after}))
-    error = error_of(connect(server, max_retry_delay=30).complete, "x")
-    assert (type(error), error.retryable, error.retry_after > 30) == (RateLimitError, True, True)
-    assert (len(server.requests), pauses) == (1, [])
-
-
-def test_streams_are_retried_too(server, connect, pauses):
-    server.script(reply(503))
-    assert [delta.text for delta in connect(server).stream_complete(PROMPT)] == [" Paris", ".", ""]
-    assert pauses == [0.5]
-
-
-def test_each_attempt_has_an_id_of_its_own(server, connect, pauses):
-    server.script(reply(503), reply(503), path="/v1/completions")
-    client = connect(server, default_model=None)
-    first, second = client.complete(PROMPT), client.complete(PROMPT)
-    ids = [
-        request.headers["X-Request-Id"] for request in server.requests if request.method == "POST"
-    ]
-    assert ids == [f"{first.request_id}-{n}" for n in (1, 2, 3)] + [f"{second.request_id}-1"]
-    assert re.fullmatch(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", first.request_id)
-    assert first.id == f"cmpl-{ids[2]}"
-
-
-def test_the_callers_request_id_goes_unchanged(server, connect, pauses):
-    server.script(reply(503))
-    completion = connect(server).complete(PROMPT, request_id="mine-7")
-    assert completion.request_id == "mine-7"
-    assert [request.headers["X-Request-Id"] for request in server.requests] == ["mine-7", "mine-7"]
-    assert error_of(connect(server).complete, "", request_id="mine-8").request_id == "mine-8"
-
-
-@pytest.mark.parametrize(
-    "step",
-    [
-        pytest.param(Connection.close, id="no-byte-on-a-fresh-connection"),
-        pytest.param(Connection.reset, id="reset-on-a-fresh-connection"),
-        pytest.param(lambda connection: (connection.send(b"H"), connection.close()), id="one-byte"),
-        pytest.param(
-            lambda connection: (connection.send(SSE_HEAD), connection.close()), id="headers"
-        ),
-        pytest.param(stall(b"", 0.01), id="silence-then-close"),
-    ],
-)
-def test_what_may_have_started_is_not_sent_again(server, connect, pauses, step):
-    server.script(lambda connection: (step(connection), connection.close()))
-    error = error_of(list, connect(server).stream_complete("x"))
-    assert isinstance(error, NetworkError | StreamError | ProtocolError)
-    assert (len(server.requests), pauses) == (1, [])
-
-
-@pytest.mark.parametrize(
-    "step",
-    [pytest.param(Connection.close, id="closed"), pytest.param(Connection.reset, id="reset")],
-)
-def test_what_may_have_started_is_not_sent_again_under_tls(
-    tls_server, tls_files, connect, pauses, step
-):
-    """A new connection is made before the request there, and must not pass for a used one."""
-    tls_server.script(step)
-    assert type(error_of(connect(tls_server, verify=tls_files[0]).complete, "x")) is NetworkError
-    assert (len(tls_server.requests), pauses) == (1, [])
 
 
 # ---- Transport: connections -------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "step",
-    [pytest.param(Connection.close, id="closed"), pytest.param(Connection.reset, id="reset")],
-)
-def test_a_stale_connection_never_shows(server, connect, pauses, caplog, step):
+@pytest.mark.parametrize("step", [Connection.close, Connection.reset])
+def test_a_stale_connection_never_shows(server, connect, retries, caplog, step):
     """The server closes an idle connection at the very moment it is used again."""
     client = connect(server, max_retries=0)
     server.script(None, step, None, step)
     assert [client.complete(PROMPT).text for _ in range(2)] == [" Paris."] * 2
-    assert [delta.text for delta in client.stream_complete(PROMPT)] == [" Paris", ".", ""]
+    assert texts_of(client.stream_complete(PROMPT)) == [" Paris", ".", ""]
     assert [request.connection for request in server.requests] == [1, 1, 2, 2, 3]
-    assert pauses == []
-    ids = [request.headers["X-Request-Id"] for request in server.requests]
-    assert len(set(ids)) == 5
+    assert len({request.headers["X-Request-Id"] for request in server.requests}) == 5
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
 
 
-def test_a_stale_connection_never_shows_after_asking_for_the_model(server, connect, pauses):
+def test_a_stale_connection_never_shows_after_asking_for_the_model(server, connect):
     client = connect(server, max_retries=0, default_model=None)
-    server.script(Connection.close, path="/v1/completions")
+    server.script(Connection.close, path=GENERATION)
     assert client.complete(PROMPT).text == " Paris."
     assert [request.connection for request in server.requests] == [1, 1, 2]
-    assert pauses == []
 
 
 def test_several_stale_connections_cost_one_attempt(server, connect):
@@ -8228,44 +4094,73 @@ def test_several_stale_connections_cost_one_attempt(server, connect):
     barrier = threading.Barrier(3)
     server.script(*[lambda connection: (barrier.wait(IN_TIME), server.answer(connection))] * 3)
     callers = [InThread(client.complete, PROMPT) for _ in range(3)]
-    assert [caller.outcome().text for caller in callers] == [" Paris."] * 3
+    assert texts_of(caller.outcome() for caller in callers) == [" Paris."] * 3
     server.script(Connection.close)
     assert client.complete(PROMPT).text == " Paris."
     assert [request.connection for request in server.requests[4:]] == [4]
 
 
 @pytest.mark.parametrize(
-    "told", [pytest.param(b"H", id="a-byte"), pytest.param(SSE_HEAD[:40], id="half-a-head")]
+    ("steps", "kind"),
+    [
+        row([Connection.close], NetworkError, id="closed"),
+        row([Connection.reset], NetworkError, id="reset"),
+        row([send_and_close(b"H")], NetworkError, id="one-byte"),
+        row([send_and_close(SSE_HEAD)], StreamError, id="headers"),
+        row([None, send_and_close(b"H")], NetworkError, id="one-byte-on-a-used-connection"),
+        row([None, send_and_close(SSE_HEAD[:40])], VLLMError, id="half-a-head-on-a-used-one"),
+        row([None, Connection.close, Connection.close], NetworkError, id="fresh-after-a-stale-one"),
+    ],
 )
-def test_a_used_connection_that_has_begun_to_answer_is_not_stale(server, connect, pauses, told):
-    client = connect(server)
-    server.script(
-        None, lambda connection: (connection.send(told), connection.pause(0.05), connection.reset())
-    )
-    client.complete(PROMPT)
-    error = error_of(client.complete, PROMPT)
-    assert type(error) is NetworkError
-    assert str(error).startswith(
-        f"closed in the first line of a reply: POST {server.url}/v1/completions ("
-    )
-    assert (len(server.requests), pauses) == (2, [])
+@http_and_https
+def test_what_may_have_started_is_not_sent_again(either_server, connect, retries, steps, kind):
+    client = connect(either_server)
+    either_server.script(*steps)
+    if steps[0] is None:
+        client.complete(PROMPT)
+    error = caught(list, client.stream_complete("x"))
+    assert isinstance(error, kind)
+    assert error.retryable is True
+    assert (len(either_server.requests), retries.pauses) == (len(steps), [])
 
 
-def test_a_fresh_connection_after_a_stale_one_gets_no_second_chance(server, connect, pauses):
-    client = connect(server)
-    server.script(None, Connection.close, Connection.close)
-    client.complete(PROMPT)
-    assert type(error_of(client.complete, PROMPT)) is NetworkError
-    assert (len(server.requests), pauses) == (3, [])
+@pytest.mark.parametrize(
+    "informational",
+    [
+        row(b"HTTP/1.1 103 Early Hints\r\nLink: </a>; rel=preload\r\n\r\n", id="103"),
+        row(b"HTTP/1.1 102 Processing\r\n\r\n", id="102"),
+        row(b"HTTP/1.1 100 Continue\r\n\r\n", id="100"),
+        row(b"HTTP/1.1 103 A\r\nLink: </a>\r\n\r\nHTTP/1.1 103 B\r\n\r\n", id="two"),
+        row(b"HTTP/1.1 103 A\r\nContent-Length: 5\r\n\r\n", id="103-with-a-length"),
+    ],
+)
+@http_and_https
+def test_informational_replies_are_passed_over(either_server, connect, informational):
+    client = connect(either_server)
+    replies = [
+        reply(200, text_event("a")),
+        sse(text_event("b")),
+        reply(404, "c"),
+        reply(200, text_event("d")),
+    ]
+    either_server.script(*[informational + raw for raw in replies])
+    assert client.complete("x").text == "a"
+    assert texts_of(client.stream_complete("x")) == ["b"]
+    assert caught(client.complete, "x").server_message == "c"
+    assert client.complete("x").text == "d"
+    assert {request.connection for request in either_server.requests} == {1}
 
 
 def test_idle_connections_are_not_used_again(server, connect, monkeypatch):
     client = connect(server)
     client.complete(PROMPT)
     client.complete(PROMPT)
-    monkeypatch.setattr(vllm_provider, "IDLE_REUSE_S", 0.0)
+    now = time.monotonic
+    monkeypatch.setattr(time, "monotonic", lambda: now() + 3.9)
     client.complete(PROMPT)
-    assert [request.connection for request in server.requests] == [1, 1, 2]
+    monkeypatch.setattr(time, "monotonic", lambda: now() + 8.1)
+    client.complete(PROMPT)
+    assert [request.connection for request in server.requests] == [1, 1, 1, 2]
 
 
 def test_connections_are_reused(server, connect):
@@ -8275,17 +4170,11 @@ def test_connections_are_reused(server, connect):
     list(client.stream_chat("Hello", logprobs=2))
     client.tokenize("x")
     client.models()
-    error_of(client.complete, "")
+    caught(client.complete, "")
     client.version()
-    client.complete(PROMPT)
-    assert {request.connection for request in server.requests} == {1}
-
-
-def test_health_leaves_the_connection_for_the_next_call(server, connect):
-    client = connect(server)
     client.health()
     client.complete(PROMPT)
-    assert [request.connection for request in server.requests] == [1, 1]
+    assert {request.connection for request in server.requests} == {1}
 
 
 def test_a_stream_whose_last_bytes_come_late_leaves_its_connection(server, connect, monkeypatch):
@@ -8298,40 +4187,110 @@ def test_a_stream_whose_last_bytes_come_late_leaves_its_connection(server, conne
 
     server.script(step)
     client = connect(server)
-    assert [delta.text for delta in client.stream_complete("x")] == ["a"]
+    assert texts_of(client.stream_complete("x")) == ["a"]
     client.complete(PROMPT)
     assert [request.connection for request in server.requests] == [1, 1]
 
 
-def test_a_connection_the_server_closes_is_not_used_again(server, connect, pauses):
+def test_a_connection_the_server_closes_is_not_used_again(server, connect):
     client = connect(server, max_retries=0)
-    server.script(reply(200, text_event("a"), {"Connection": "close"}))
+    server.script(reply(200, text_event("a"), CLOSING))
     assert [client.complete(PROMPT).text for _ in range(2)] == ["a", " Paris."]
     assert [request.connection for request in server.requests] == [1, 2]
 
 
-def test_many_threads_share_a_client(server, connect):
-    client = connect(server, default_model=None, max_concurrency=8)
+@pytest.mark.parametrize("is_closed", [row(True, id="client-closed"), row(False, id="left-idle")])
+def test_idle_sockets_are_closed(connect, monkeypatch, is_closed):
+    """At once by close(), else after IDLE_REUSE_S: none is left to the garbage collector."""
+    monkeypatch.setattr(vllm_provider, "IDLE_REUSE_S", NEVER if is_closed else 0.1)
+    threads = set(threading.enumerate())
 
-    def ask(number: int) -> list[str]:
-        prompts = [f"say {number} {turn}" for turn in range(4)]
-        echo = {"echo": True, "max_tokens": 0}
-        streamed = [
-            "".join(delta.text for delta in client.stream_complete(prompt, **echo))
-            for prompt in prompts
-        ]
-        return [client.complete(prompt, **echo).text for prompt in prompts] + streamed
+    def answer_one(listener: socket.socket) -> socket.socket:
+        sock = listener.accept()[0]
+        sock.settimeout(IN_TIME)
+        while not sock.recv(65536).endswith(b"}"):
+            pass
+        sock.sendall(reply(200, text_event("a")))
+        return sock
 
-    callers = [InThread(ask, number) for number in range(24)]
-    for number, caller in enumerate(callers):
-        assert caller.outcome(30) == [f"say {number} {turn}" for turn in range(4)] * 2
-    assert server.aborted.empty()
+    gc.disable()
+    try:
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            accepted = InThread(answer_one, listener)
+            client = connect(url_of(listener))
+            assert client.complete("x").text == "a"
+            with accepted.outcome() as sock:
+                if is_closed:
+                    client.close()
+                else:
+                    sock.shutdown(socket.SHUT_WR)  # as vLLM does after 5 s: now in CLOSE_WAIT
+                assert sock.recv(1) == b""
+    finally:
+        gc.enable()
+    assert is_closed or wait_until(lambda: threads >= set(threading.enumerate())) is None
+
+
+# ---- Transport: threads and processes ---------------------------------------
+
+
+def test_many_threads_share_a_client(server, connect, monkeypatch, caplog):
+    monkeypatch.setattr(vllm_provider, "IDLE_REUSE_S", NEVER)
+    caplog.set_level(logging.DEBUG)
+    barrier = threading.Barrier(200)
+
+    def step(connection: Connection) -> None:
+        barrier.wait(20)  # all at once
+        connection.send(reply(200, text_event(connection.request.body["prompt"])))
+
+    client = connect(server)
+    for turn in range(2):
+        server.script(*[step] * 200)
+        prompts = [f"{turn}-{number}" for number in range(200)]
+        callers = [InThread(client.complete, prompt) for prompt in prompts]
+        assert texts_of(caller.outcome(30) for caller in callers) == prompts
+    assert len({request.connection for request in server.requests}) == 200
+    assert "pool is full" not in caplog.text
+
+
+def test_the_model_is_asked_for_once_by_many_threads(server, connect):
+    client = connect(server, default_model=None)
+    barrier = threading.Barrier(64)
+
+    def step(connection: Connection) -> None:
+        connection.pause(0.1)
+        server.answer(connection)
+
+    def ask() -> str:
+        barrier.wait(20)
+        return client.complete(PROMPT).text
+
+    server.script(step, path=MODELS)
+    callers = [InThread(ask) for _ in range(64)]
+    assert [caller.outcome(30) for caller in callers] == [" Paris."] * 64
+    assert [request.path for request in server.requests].count(MODELS) == 1
+
+
+def test_a_stop_while_another_thread_asks_for_the_model(server, connect):
+    client = connect(server, default_model=None)
+    server.script(stall(), path=MODELS)
+    first = InThread(client.complete, "x")
+    wait_until(lambda: server.requests)
+    stream = client.stream_complete("x")
+    second = InThread(list, stream)
+    time.sleep(0.05)
+    with at_once():
+        stream.cancel()
+        assert type(second.outcome()) is AbortError
+    assert first.is_running()
+    client.close()
+    assert type(first.outcome()) is AbortError
+    assert len(server.requests) == 1
 
 
 def test_a_client_can_be_pickled(server, connect):
     client = connect(server, api_key="sekrit", default_headers={"X-Team": "a"})
     client.complete(PROMPT)
-    with pickle.loads(pickle.dumps(client)) as copied:
+    with pickle_copy(client) as copied:
         assert copied.config == client.config
         assert copied.complete(PROMPT).text == " Paris."
     assert [request.connection for request in server.requests] == [1, 2]
@@ -8339,16 +4298,34 @@ def test_a_client_can_be_pickled(server, connect):
 
 
 FORKED: Final = """
-import os, sys, vllm_provider
+import os, sys, threading, vllm_provider
 client = vllm_provider.VLLMClient(sys.argv[1], default_model="parrot")
-client.complete("x")
+
+def ask(name):
+    for turn in range(4):
+        prompt = f"{name} {turn}"
+        text = client.complete(prompt).text
+        if text != prompt:
+            print(prompt, "got", text, flush=True)
+
+def start(name):
+    threads = [threading.Thread(target=ask, args=(f"{name} {n}",)) for n in range(8)]
+    for thread in threads:
+        thread.start()
+    return threads
+
+for thread in start("before"):
+    thread.join()
+busy = start("parent")  # calls are in flight when the process forks
 child = os.fork()
 if child == 0:
-    print("child:", client.complete("x").text, flush=True)
+    for thread in start("child"):
+        thread.join()
     client.close()
     os._exit(0)
-os.waitpid(child, 0)
-print("parent:", client.complete("x").text, flush=True)
+for thread in busy:
+    thread.join()
+print(os.waitpid(child, 0)[1])
 """
 FORKED_IN_MID_STREAM: Final = """
 import os, sys, vllm_provider
@@ -8362,77 +4339,280 @@ with vllm_provider.VLLMClient(sys.argv[1], default_model="parrot") as client:
         client.complete("y")
         print("parent:", "".join(delta.text for delta in stream), flush=True)
 """
+needs_fork: Final = pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork there")
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork there")
-def test_a_forked_process_has_connections_of_its_own(server, connect):
-    with _script(FORKED, server.url) as process:
-        assert (
-            process.communicate(timeout=20)[0]
-            == "child:  I have not read that.\nparent:  I have not read that.\n"
-        )
-    assert [request.connection for request in server.requests] == [1, 2, 1]
+@needs_fork
+def test_a_forked_process_with_threads_has_connections_of_its_own(server):
+    server.script(*[echo_prompt] * 96)
+    assert run_python(FORKED, server.url) == "0\n"
+    users: dict[int, set[bool]] = {}
+    for request in server.requests:
+        is_child = request.body["prompt"].startswith("child")
+        users.setdefault(request.connection, set()).add(is_child)
+    assert len(server.requests) == 96
+    assert [len(one) for one in users.values()] == [1] * len(users)
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork there")
-def test_a_forked_process_that_ends_leaves_the_parents_stream_alone(server, connect):
+@needs_fork
+def test_a_forked_process_that_ends_leaves_the_parents_stream_alone(server):
     def step(connection: Connection) -> None:
-        connection.send(SSE_HEAD + chunk(text_event("a")) + chunk(text_event("b")))
+        connection.send(FIRST + chunk(text_event("b")))
         wait_until(lambda: len(server.requests) == 2)
         connection.send(chunk(text_event("c")) + chunk("[DONE]") + LAST_CHUNK)
 
     server.script(step)
-    with _script(FORKED_IN_MID_STREAM, server.url) as process:
-        assert process.communicate(timeout=20)[0] == "parent: bc\n"
+    assert run_python(FORKED_IN_MID_STREAM, server.url) == "parent: bc\n"
 
 
-# ---- Transport: the environment ---------------------------------------------
+# ---- Transport: calls while an exception is handled -------------------------
 
 
-@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
-def test_redirects_are_not_followed(server, connect, pauses, status):
-    with StandIn() as other:
-        server.script(reply(status, "", {"Location": f"{other.url}/prefix/v1/completions"}))
-        error = error_of(connect(server, api_key="sekrit").complete, "x")
-        assert other.requests == []
-    assert type(error) is StatusError
-    assert (error.status_code, error.retryable, len(server.requests), pauses) == (
-        status,
-        False,
-        1,
-        [],
-    )
-    target = f"{other.url}/prefix/v1/completions"
-    where = f"POST {server.url}/v1/completions"
-    advice = f"which is not followed: the prompt would go to another place; set base_url to '{other.url}/prefix'"
-    assert str(error) == f"{where} is redirected to '{target}', {advice}"
+SILENT: Final = stall()
+
+
+def refused_while_reset() -> ConnectionRefusedError:
+    error = ConnectionRefusedError(111, "other")
+    error.__context__ = ConnectionResetError(104, "other")
+    return error
 
 
 @pytest.mark.parametrize(
-    ("api_key", "sent"),
-    [pytest.param("sekrit", "Bearer sekrit", id="key"), pytest.param("EMPTY", None, id="no-key")],
+    "outer",
+    [
+        row(refused_while_reset(), id="refused"),
+        row(TimeoutError("other"), id="timeout"),
+        row(socket.gaierror(-2, "other"), id="unknown-host"),
+        row(ssl.SSLCertVerificationError("other"), id="certificate"),
+        row(requests.exceptions.ProxyError("other"), id="proxy"),
+        row(ValueError("other"), id="value"),
+    ],
 )
+@pytest.mark.parametrize(
+    "step",
+    [
+        row(None, id="refused"),
+        row(Connection.close, id="closed"),
+        row(send_and_close(b"SSH-2.0\r\n"), id="no-http"),
+        row(send_and_close(FIRST), id="mid-stream"),
+        row(SILENT, id="timeout"),
+        row(reply(503), id="status"),
+    ],
+)
+def test_a_call_while_an_exception_is_handled_fails_as_anywhere_else(
+    server, connect, retries, step, outer
+):
+    url = server.url if step else f"http://127.0.0.1:{closed_port()}"
+    client = connect(url, timeout=LIMIT if step is SILENT else NEVER, max_retries=2)
+    server.script(*[step] * 6)
+
+    def failure() -> tuple[Any, ...]:
+        retries.pauses.clear()
+        error = caught(list, client.stream_complete("x"))
+        return type(error), str(error), error.retryable, len(retries.pauses)
+
+    expected = failure()
+    try:
+        raise outer
+    except type(outer):
+        assert failure() == expected
+
+
+def test_a_stale_connection_never_shows_while_an_exception_is_handled(server, connect):
+    client = connect(server, max_retries=0)
+    server.script(None, Connection.close)
+    client.complete(PROMPT)
+    try:
+        raise TimeoutError
+    except TimeoutError:
+        assert client.complete(PROMPT).text == " Paris."
+
+
+# ---- Transport: TLS ---------------------------------------------------------
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
+def test_tls_with_its_own_ca(tls_server, connect, host):
+    client = connect(tls_server.url.replace("127.0.0.1", host))
+    assert client.complete(PROMPT).text == " Paris."
+    assert texts_of(client.stream_complete(PROMPT)) == [" Paris", ".", ""]
+    assert [request.connection for request in tls_server.requests] == [1, 1]
+
+
+UNKNOWN_CA: Final = "set verify to the CA bundle that signed the server's certificate"
+WRONG_HOST: Final = "set base_url to a name in the server's certificate"
+EXPIRED: Final = "the server's certificate must be renewed (or this machine's clock set)"
+
+
+@pytest.mark.parametrize(
+    ("host", "verify", "reason", "advice"),
+    [
+        row("127.0.0.1", certifi.where(), "self-signed certificate", UNKNOWN_CA, id="another-ca"),
+        row("127.0.0.1", True, "self-signed certificate", UNKNOWN_CA, id="no-ca-of-ours"),
+        row(
+            "other.test",
+            None,
+            "Hostname mismatch, certificate is not valid for 'other.test'.",
+            WRONG_HOST,
+            id="another-host",
+        ),
+    ],
+)
+def test_a_certificate_that_is_not_good_is_not_retried(
+    tls_server, tls_files, connect, retries, test_hosts, host, verify, reason, advice
+):
+    url = tls_server.url.replace("127.0.0.1", host)
+    client = connect(url, verify=tls_files[0] if verify is None else verify)
+    for call in (client.version, client.models, functools.partial(client.health, wait=20)):
+        error = caught(call)
+        assert (type(error), error.retryable) == (NetworkError, False)
+        assert str(error) == f"no connection to {url}: TLS failed ({reason}); {advice}"
+    assert (retries.pauses, tls_server.requests) == ([], [])
+
+
+@pytest.mark.parametrize(
+    ("reason", "advice"),
+    [
+        row("certificate has expired", EXPIRED, id="expired"),
+        row("IP address mismatch, certificate is not valid for '1'.", WRONG_HOST, id="address"),
+        row("unable to get local issuer certificate", UNKNOWN_CA, id="issuer"),
+    ],
+)
+def test_advice_about_a_certificate(web, reason, advice):
+    cause = ssl.SSLCertVerificationError(1, "[SSL: CERTIFICATE_VERIFY_FAILED] failed")
+    cause.verify_message, cause.reason = reason, "CERTIFICATE_VERIFY_FAILED"
+    raised = requests.exceptions.SSLError("no")
+    raised.__cause__ = cause
+    web.post(COMPLETIONS_URL, body=raised)
+    error = caught(web_client().complete, "x")
+    assert str(error) == f"no connection to {WEB}: TLS failed ({reason}); {advice}"
+
+
+@pytest.mark.parametrize(
+    ("answer", "message", "pauses"),
+    [
+        row(
+            lambda sock: (sock.recv(65536), sock.sendall(reply(400, "Invalid HTTP request"))),
+            "no connection to {url}: TLS failed (",
+            0,
+            id="speaks-http",
+        ),
+        row(
+            lambda sock: sock.recv(65536),
+            "no connection to {url}: the server closed the TLS handshake; is it starting or"
+            " stopping?",
+            2,
+            id="closes-as-a-gateway-that-stops-does",
+        ),
+        row(
+            lambda sock: (
+                sock.recv(1),
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0)),
+            ),
+            "no connection to {url}: connection reset by peer; is vLLM running? (curl {url}",
+            2,
+            id="resets-as-a-port-forward-does",
+        ),
+    ],
+)
+def test_a_tls_handshake_that_fails(connect, retries, answer, message, pauses):
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def serve() -> None:
+            for _ in range(1 + pauses):
+                with listener.accept()[0] as sock:
+                    answer(sock)
+
+        serving = InThread(serve)
+        url = url_of(listener, "https")
+        error = caught(connect(url, max_retries=2).complete, "x")
+        serving.outcome()
+    assert (type(error), error.retryable) == (NetworkError, pauses > 0)
+    assert str(error).startswith(message.format(url=url))
+    assert len(retries.pauses) == pauses
+
+
+def test_http_to_a_server_that_speaks_https(tls_server, connect, retries):
+    url = tls_server.url.replace("https", "http")
+    error = caught(connect(url).complete, "x")
+    assert type(error) is NetworkError
+    assert str(error).startswith(f"closed before a reply: POST {url}/v1/completions (")
+    assert str(error).endswith("); is vLLM still running, and is it http there?")
+    assert retries.pauses == []
+
+
+@pytest.mark.parametrize(
+    ("verify", "bundle", "is_trusted"),
+    [
+        row(True, None, True, id="environment-counts"),
+        row(certifi.where(), None, False, id="path-wins"),
+        row(False, certifi.where(), True, id="off-wins"),
+    ],
+)
+@pytest.mark.parametrize("host", ["vllm.test", "localhost", "127.0.0.1"])
+@pytest.mark.filterwarnings("ignore:Unverified HTTPS request")
+def test_the_environments_ca_bundle(
+    tls_server, tls_files, connect, monkeypatch, test_hosts, host, verify, bundle, is_trusted
+):
+    monkeypatch.setenv("REQUESTS_CA_BUNDLE", bundle or tls_files[0])
+    client = connect(tls_server.url.replace("127.0.0.1", host), verify=verify)
+    if is_trusted:
+        assert client.complete(PROMPT).text == " Paris."
+    else:
+        assert type(caught(client.complete, PROMPT)) is NetworkError
+
+
+def test_a_ca_bundle_of_the_environment_that_is_missing(tls_server, connect, monkeypatch):
+    monkeypatch.setenv("REQUESTS_CA_BUNDLE", "/no/such.pem")
+    error = caught(connect(tls_server, verify=True).complete, "x")
+    assert type(error) is ConfigurationError
+    assert "/no/such.pem" in str(error)
+    assert str(error).endswith("; set verify or REQUESTS_CA_BUNDLE to one that exists")
+
+
+# ---- Transport: proxies, netrc, other runtimes ------------------------------
+
+
+@pytest.mark.parametrize("api_key", ["sekrit", "EMPTY"])
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "vllm.test"])
 def test_netrc_does_not_replace_the_key(
-    server, connect, monkeypatch, tmp_path, vllm_test_host, host, api_key, sent
+    server, connect, monkeypatch, tmp_path, test_hosts, host, api_key
 ):
     netrc = tmp_path / "netrc"
-    netrc.write_text(
-        f"machine {host} login wrong password wrong\ndefault login wrong password wrong\n"
-    )
+    netrc.write_text(f"machine {host} login wrong password wrong\ndefault login a password b\n")
     monkeypatch.setenv("NETRC", str(netrc))
     client = connect(server.url.replace("127.0.0.1", host), api_key=api_key)
     client.complete(PROMPT)
     list(client.stream_complete(PROMPT))
     client.models()
+    sent = None if api_key == "EMPTY" else "Bearer sekrit"
     assert [request.headers["Authorization"] for request in server.requests] == [sent] * 3
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
-def test_a_proxy_is_not_asked_for_this_machine(server, connect, monkeypatch, host):
+def test_no_proxy_is_used_for_this_machine(server, connect, monkeypatch, host):
     for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY"):
         monkeypatch.setenv(name, f"http://127.0.0.1:{closed_port()}")
     assert connect(server.url.replace("127.0.0.1", host)).complete(PROMPT).text == " Paris."
+
+
+@pytest.mark.skipif(not socket.has_ipv6, reason="no IPv6 there")
+def test_no_proxy_is_used_for_this_machine_over_ipv6(connect, monkeypatch):
+    monkeypatch.setenv("HTTP_PROXY", f"http://127.0.0.1:{closed_port()}")
+    try:
+        listener = socket.create_server(("::1", 0), family=socket.AF_INET6)
+    except OSError:
+        pytest.skip("no IPv6 there")
+
+    def serve() -> None:
+        with listener.accept()[0] as sock:
+            sock.recv(65536)
+            sock.sendall(reply(200, text_event("a")))
+
+    with listener:
+        serving = InThread(serve)
+        assert connect(f"http://[::1]:{listener.getsockname()[1]}").complete("x").text == "a"
+        serving.outcome()
 
 
 def test_a_proxy_of_the_environment_is_used(server, connect, monkeypatch):
@@ -8440,70 +4620,58 @@ def test_a_proxy_of_the_environment_is_used(server, connect, monkeypatch):
     server.script(reply(200, text_event("a")), sse(text_event("b")))
     client = connect("http://vllm.test:8000", api_key="sekrit")
     assert client.complete("x").text == "a"
-    assert [delta.text for delta in client.stream_complete("x")] == ["b"]
-    assert [request.path for request in server.requests] == [
-        "http://vllm.test:8000/v1/completions"
-    ] * 2
-    assert [request.connection for request in server.requests] == [1, 1]
-    headers = server.requests[0].headers
-    assert (headers["Host"], headers["Authorization"]) == ("vllm.test:8000", "Bearer sekrit")
-    assert headers["Proxy-Authorization"] == "Basic dXNlcjpwYXNz"
+    assert texts_of(client.stream_complete("x")) == ["b"]
+    for request in server.requests:
+        assert (request.path, request.connection) == ("http://vllm.test:8000/v1/completions", 1)
+        assert request.headers["Host"] == "vllm.test:8000"
+        assert request.headers["Authorization"] == "Bearer sekrit"
+        assert request.headers["Proxy-Authorization"] == "Basic dXNlcjpwYXNz"
 
 
-def test_no_proxy_of_the_environment_counts(server, connect, monkeypatch, vllm_test_host):
+def test_no_proxy_of_the_environment_counts(server, connect, monkeypatch, test_hosts):
     monkeypatch.setenv("HTTP_PROXY", f"http://127.0.0.1:{closed_port()}")
     monkeypatch.setenv("NO_PROXY", "vllm.test")
-    assert connect(server.url.replace("127.0.0.1", "vllm.test")).complete(PROMPT).text == " Paris."
+    client = connect(server.url.replace("127.0.0.1", "vllm.test"))
+    assert client.complete(PROMPT).text == " Paris."
 
 
-def test_a_proxy_that_is_down(connect, monkeypatch, pauses):
+def test_a_proxy_that_is_down(connect, monkeypatch, retries):
     monkeypatch.setenv("HTTP_PROXY", f"http://user:sekrit@127.0.0.1:{closed_port()}")
-    error = error_of(connect("http://vllm.test:8000").complete, "x")
+    error = caught(connect("http://vllm.test:8000").complete, "x")
     assert type(error) is NetworkError
     assert str(error).startswith("no connection to http://vllm.test:8000: its proxy failed (")
     assert str(error).endswith("); check HTTPS_PROXY and NO_PROXY")
     assert "sekrit" not in str(error)
-    assert pauses == [0.5, 1.0, 2.0]
+    assert len(retries.pauses) == 3
 
 
-@pytest.mark.parametrize("stop", STOPS)
-def test_stop_behind_a_proxy(server, connect, monkeypatch, stop):
-    monkeypatch.setenv("HTTP_PROXY", server.url)
-    server.script(stall(SSE_HEAD + chunk(text_event("a"))))
-    client = connect("http://vllm.test:8000")
-    stream = client.stream_complete("x")
-    caller = InThread(list, stream)
-    wait_until(lambda: stream.completion.text)
-    STOPS[stop](client, stream)
-    caller.outcome()
-    server.aborted.get(timeout=1)
+class Proxy:
+    """A proxy for CONNECT or SOCKS5 that sends every connection to one port."""
 
-
-class Tunnel:
-    """A proxy that knows CONNECT alone, and sends every tunnel to one address."""
-
-    def __init__(self, to: int, status: str = "200 Connection established") -> None:
-        self.requests: list[bytes] = []
-        self._to, self._status = to, status
+    def __init__(self, to: int, greet: Callable[[socket.socket], bytes], scheme: str) -> None:
+        self.targets: list[bytes] = []
+        self._to = to
+        self._greet = greet
         self._listener = socket.create_server(("127.0.0.1", 0))
-        self.url = url_of(self._listener)
+        self.url = url_of(self._listener, scheme)
+
+    def __enter__(self) -> Self:
         threading.Thread(target=self._accept, daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
 
     def _accept(self) -> None:
         with contextlib.suppress(OSError):
             while True:
-                threading.Thread(
-                    target=self._serve, args=(self._listener.accept()[0],), daemon=True
-                ).start()
+                near = self._listener.accept()[0]
+                threading.Thread(target=self._serve, args=(near,), daemon=True).start()
 
     def _serve(self, near: socket.socket) -> None:
-        with (
-            near,
-            socket.create_connection(("127.0.0.1", self._to)) as far,
-            contextlib.suppress(OSError),
-        ):
-            self.requests.append(near.recv(65536))
-            near.sendall(f"HTTP/1.1 {self._status}\r\n\r\n".encode())
+        with near, socket.create_connection(("127.0.0.1", self._to)) as far:
+            self.targets.append(self._greet(near))
             back = threading.Thread(target=self._pump, args=(far, near), daemon=True)
             back.start()
             self._pump(near, far)
@@ -8515,52 +4683,2790 @@ class Tunnel:
                 target.sendall(raw)
             target.shutdown(socket.SHUT_WR)
 
-    def __enter__(self) -> "Tunnel":
-        return self
 
-    def __exit__(self, *_: object) -> None:
-        self._listener.shutdown(socket.SHUT_RDWR)
-        self._listener.close()
+def greet_connect(near: socket.socket) -> bytes:
+    request = near.recv(65536)
+    near.sendall(b"HTTP/1.1 200 Connection established\r\n\r\n")
+    return request
 
 
-def test_https_through_a_proxy(tls_server, tls_files, connect, monkeypatch):
-    port = int(tls_server.url.rpartition(":")[2])
-    with Tunnel(port) as tunnel:
-        monkeypatch.setenv("HTTPS_PROXY", tunnel.url)
-        client = connect(f"https://vllm.test:{port}", verify=tls_files[0], api_key="sekrit")
+def greet_socks(near: socket.socket) -> bytes:
+    """Take any host without a password (RFC 1928)."""
+    near.recv(near.recv(2)[1])
+    near.sendall(b"\x05\x00")
+    near.recv(4)
+    host = near.recv(near.recv(1)[0])
+    near.recv(2)
+    near.sendall(b"\x05\x00\x00\x01" + bytes(6))
+    return host
+
+
+@pytest.mark.parametrize(
+    ("greet", "scheme", "name"),
+    [
+        row(greet_connect, "http", "HTTPS_PROXY", id="connect"),
+        row(greet_socks, "socks5h", "ALL_PROXY", id="socks"),
+    ],
+)
+@http_and_https
+def test_a_call_through_a_tunnel(either_server, connect, monkeypatch, tls, greet, scheme, name):
+    if scheme != "http":
+        pytest.importorskip("socks")
+    elif not tls:
+        pytest.skip("http needs no tunnel")
+
+    port = port_of(either_server)
+    with Proxy(port, greet, scheme) as proxy:
+        monkeypatch.setenv(name, proxy.url)
+        url = f"{'https' if tls else 'http'}://vllm.test:{port}"
+        client = connect(url, api_key="sekrit")
         assert client.complete(PROMPT).text == " Paris."
-        assert [delta.text for delta in client.stream_complete(PROMPT)] == [" Paris", ".", ""]
-        assert [request.connection for request in tls_server.requests] == [1, 1]
-        assert [raw.split()[:2] for raw in tunnel.requests] == [
-            [b"CONNECT", b"vllm.test:%d" % port]
-        ]
-        assert b"sekrit" not in tunnel.requests[0]
-        tls_server.script(stall(SSE_HEAD + chunk(text_event("a"))))
+        assert texts_of(client.stream_complete(PROMPT)) == [" Paris", ".", ""]
+        assert [request.connection for request in either_server.requests] == [1, 1]
+
+        either_server.script(stall(), stall(FIRST))
+        with after_limit():
+            assert type(caught(client.complete, "x", timeout=LIMIT)) is LLMTimeoutError
+        either_server.aborted.get(timeout=1)
         stream = client.stream_complete("x")
-        caller = InThread(list, stream)
+        reader = InThread(list, stream)
         wait_until(lambda: stream.completion.text)
-        stream.cancel()
-        assert type(caller.outcome()) is AbortError
-        tls_server.aborted.get(timeout=1)
+        with at_once():
+            stream.cancel()
+            assert_stopped(reader.outcome(), "cancel", "a")
+        either_server.aborted.get(timeout=1)
         client.close()
 
+    assert b"vllm.test" in proxy.targets[0]
+    assert b"sekrit" not in b"".join(proxy.targets)
 
-def test_a_proxy_that_refuses_the_tunnel(tls_server, tls_files, connect, monkeypatch, pauses):
-    with Tunnel(
-        int(tls_server.url.rpartition(":")[2]), "407 Proxy Authentication Required"
-    ) as tunnel:
-        monkeypatch.setenv("HTTPS_PROXY", tunnel.url)
-        error = error_of(connect("https://vllm.test", verify=tls_files[0]).complete, "x")
+
+def test_a_proxy_that_refuses_the_tunnel(tls_server, connect, monkeypatch, retries):
+    tls_server.close()
+    with StandIn() as proxy:
+        proxy.script(*[reply(407, "", CLOSING)] * 4)
+        monkeypatch.setenv("HTTPS_PROXY", proxy.url)
+        error = caught(connect("https://vllm.test").complete, "x")
     assert type(error) is NetworkError
-    cause = "Tunnel connection failed: 407 Proxy Authentication Required"
-    assert (
-        str(error)
-        == f"no connection to https://vllm.test: its proxy failed ({cause}); check HTTPS_PROXY and NO_PROXY"
+    assert "its proxy failed (Tunnel connection failed: 407 Proxy Authentication Re" in str(error)
+    assert len(retries.pauses) == 3
+
+
+USED_ELSEWHERE: Final = """
+import sys, threading, time, vllm_provider
+url, bundle = sys.argv[1:]
+client = vllm_provider.VLLMClient(url, default_model="parrot", verify=bundle)
+prompt = "The capital of France is"
+print(client.complete(prompt).text)
+print("".join(delta.text for delta in client.stream_complete(prompt)))
+
+started_at = time.monotonic()
+try:
+    client.complete("x", timeout=0.3)
+except vllm_provider.LLMTimeoutError:
+    print("timeout", time.monotonic() - started_at < 2)
+
+stream = client.stream_complete("x")
+threading.Timer(0.2, stream.cancel).start()
+started_at = time.monotonic()
+try:
+    list(stream)
+except vllm_provider.AbortError:
+    print("stopped", time.monotonic() - started_at < 2)
+
+texts = []
+threads = [
+    threading.Thread(target=lambda: texts.append(client.complete(prompt).text)) for _ in range(8)
+]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+print(set(texts))
+client.close()
+"""
+
+
+@pytest.mark.parametrize(
+    ("module", "code"),
+    [
+        row("gevent", "import gevent.monkey; gevent.monkey.patch_all()", id="gevent"),
+        row("truststore", "import truststore; truststore.inject_into_ssl()", id="truststore"),
+    ],
+)
+@http_and_https
+def test_a_runtime_that_replaces_sockets(either_server, tls_files, module, code):
+    pytest.importorskip(module)
+    either_server.script(None, None, stall(), stall())
+    printed = run_python(code + USED_ELSEWHERE, either_server.url, tls_files[0])
+    assert printed == " Paris.\n Paris.\ntimeout True\nstopped True\n{' Paris.'}\n"
+    for _ in range(2):
+        either_server.aborted.get(timeout=1)
+
+
+# ---- Transport: retries -----------------------------------------------------
+
+
+def assert_pauses(retries: Retries, *longest: float) -> None:
+    """Check that each pause lies in the upper half of its range."""
+    assert len(retries.pauses) == len(longest)
+    for pause, maximum in zip(retries.pauses, longest, strict=True):
+        assert maximum / 2 <= pause <= maximum
+
+
+def test_a_server_that_is_not_up_yet(connect, retries):
+    port = closed_port()
+    with contextlib.ExitStack() as stack:
+
+        def start() -> None:
+            if len(retries.pauses) == 2:
+                stack.enter_context(StandIn(port))
+
+        retries.on_retry = start
+        client = connect(f"http://127.0.0.1:{port}")
+        assert client.complete(PROMPT).text == " Paris."
+    assert_pauses(retries, 0.01, 0.02)
+
+
+@pytest.mark.parametrize("max_retries", [0, 2, None])
+def test_a_server_that_is_down(connect, retries, max_retries):
+    url = f"http://127.0.0.1:{closed_port()}"
+    error = caught(connect(url, max_retries=max_retries).complete, "x")
+    message = f"no connection to {url}: connection refused; is vLLM running? (curl {url}/health)"
+    assert (type(error), str(error), error.retryable) == (NetworkError, message, True)
+    assert_pauses(retries, *(0.01, 0.02, 0.04)[: 3 if max_retries is None else max_retries])
+
+
+@pytest.mark.parametrize(
+    ("number", "is_retried"),
+    [
+        row(errno.EHOSTUNREACH, True, id="host-unreachable"),
+        row(errno.ENETUNREACH, True, id="network-unreachable"),
+        row(errno.ECONNRESET, True, id="reset"),
+    ],
+)
+def test_errors_of_connecting(connect, monkeypatch, retries, number, is_retried):
+    def connect_ex(*_args: Any) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(socket.socket, "connect", connect_ex)
+    error = caught(connect("http://127.0.0.1:9").complete, "x")
+    reason = os.strerror(number).lower()
+    assert str(error).startswith(f"no connection to http://127.0.0.1:9: {reason}; is vLLM running?")
+    assert (type(error), len(retries.pauses)) == (NetworkError, 3 * is_retried)
+
+
+def test_unknown_hosts_are_not_retried(connect, retries, monkeypatch):
+    def look_up(*_args: Any, **_options: Any) -> None:
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", look_up)
+    error = caught(connect("http://vlm.test:8000").complete, "x")
+    message = "no connection to http://vlm.test:8000: unknown host; is base_url spelled right?"
+    assert (type(error), str(error), error.retryable) == (NetworkError, message, False)
+    assert retries.pauses == []
+
+
+def http_date(seconds: float) -> str:
+    return email.utils.formatdate(time.time() + seconds, usegmt=True)
+
+
+@pytest.mark.parametrize(
+    ("status", "retry_after", "shortest"),
+    [
+        row(429, None, 0.0, id="429"),
+        row(502, None, 0.0, id="502"),
+        row(503, None, 0.0, id="503"),
+        row(503, "0.1", 0.1, id="retry-after"),
+        row(503, "0", 0.0, id="now"),
+        row(503, "-5", 0.0, id="negative"),
+        row(503, "soon", 0.0, id="no-number"),
+        row(503, "inf", 0.0, id="infinite"),
+        row(503, http_date(-100), 0.0, id="date-gone-by"),
+    ],
+)
+@whole_and_stream
+def test_what_is_retried(server, connect, retries, is_stream, status, retry_after, shortest):
+    headers = {} if retry_after is None else {"Retry-After": retry_after}
+    server.script(reply(status, {"error": "busy"}, headers))
+    assert "".join(texts_of(generate(connect(server), is_stream, PROMPT))) == " Paris."
+    (pause,) = retries.pauses
+    assert shortest + 0.005 <= pause <= shortest + 0.01  # the random part comes on top
+    first, second = server.requests
+    assert second.time_s - first.time_s >= pause
+
+
+@pytest.mark.parametrize(
+    ("status", "headers"),
+    [
+        *(row(status, {"Retry-After": "1"}, id=str(status)) for status in (400, 403, 408, 418)),
+        *(row(status, {"Retry-After": "1"}, id=str(status)) for status in (425, 500, 501, 504)),
+        row(429, {"Retry-After": "31"}, id="retry-after-above-the-maximum"),
+        row(503, {"Retry-After": http_date(3600)}, id="date-above-the-maximum"),
+    ],
+)
+def test_what_is_not_retried(server, connect, retries, status, headers):
+    server.script(reply(status, {"error": "no"}, headers))
+    error = caught(connect(server).complete, "x")
+    assert (error.status_code, error.server_message) == (status, "no")
+    assert error.retry_after >= 1
+    assert (len(server.requests), retries.pauses) == (1, [])
+
+
+def test_retries_end_with_the_last_error(server, connect, retries, caplog):
+    server.script(*[reply(503, {"error": "busy"}), reply(429, {"error": "quota"})] * 2)
+    error = caught(connect(server).complete, "x")
+    assert type(error) is RateLimitError
+    assert (error.status_code, error.retryable, error.server_message) == (429, True, "quota")
+    assert_pauses(retries, 0.01, 0.02, 0.04)
+    assert len(server.requests) == 4
+    where = f"POST {server.url}/v1/completions"
+    advice = "the server is busy or starting: try again later"
+    assert caplog.messages == [
+        f"retry 1 of 3 in 0.0 s: 503 'busy': {where}; {advice}",
+        f"retry 2 of 3 in 0.0 s: 429 'quota': {where}",
+        f"retry 3 of 3 in 0.0 s: 503 'busy': {where}; {advice}",
+    ]
+
+
+def test_pauses_double_up_to_max_retry_delay(server, connect, retries):
+    server.script(*[reply(503)] * 6)
+    client = connect(server, max_retries=6, max_retry_delay=0.06)
+    assert client.complete(PROMPT).text == " Paris."
+    assert_pauses(retries, 0.01, 0.02, 0.04, 0.06, 0.06, 0.06)
+    assert len(set(retries.pauses)) == 6
+
+
+def test_a_server_that_goes_down_between_attempts(server, connect, retries):
+    retries.on_retry = server.close
+    server.script(reply(503))
+    error = caught(connect(server).complete, "x")
+    assert type(error) is NetworkError
+    assert error.status_code is None
+    assert_pauses(retries, 0.01, 0.02, 0.04)
+
+
+def test_each_attempt_has_an_id_of_its_own(server, connect, retries):
+    server.script(reply(503), reply(503), path=GENERATION)
+    client = connect(server, default_model=None)
+    first, second = client.complete(PROMPT), client.complete(PROMPT)
+    posts = [request for request in server.requests if request.method == "POST"]
+    ids = [request.headers["X-Request-Id"] for request in posts]
+    assert ids == [f"{first.request_id}-{n}" for n in (1, 2, 3)] + [f"{second.request_id}-1"]
+    assert re.fullmatch(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", first.request_id)
+    assert first.id == f"cmpl-{ids[2]}"
+
+
+@pytest.mark.parametrize("own_id", ["mine-7", 7, 1.5, True])
+def test_the_callers_request_id_goes_unchanged(server, connect, own_id):
+    server.script(reply(503), reply(200, text_event("a")), reply(400))
+    client = connect(server)
+    assert client.complete(PROMPT, request_id=own_id).request_id == str(own_id)
+    assert caught(client.complete, "x", request_id=own_id).request_id == str(own_id)
+    assert [request.headers["X-Request-Id"] for request in server.requests] == [str(own_id)] * 3
+
+
+# ---- Stream decoder ---------------------------------------------------------
+
+NO_LINE_ENDS: Final = "\u2028\u2029\x85\x0b\x0c\x1c"
+SSE_CASES: Final = [
+    # the examples of the HTML standard, section 9.2.6
+    row(b"data: YHOO\ndata: +2\ndata: 10\n\n", ["YHOO\n+2\n10"], id="standard-several-lines"),
+    row(
+        b": test stream\n\ndata: first event\nid: 1\n\ndata:second event\nid\n\ndata:  third",
+        ["first event", "second event"],
+        id="standard-comment-fields-and-an-end-without-a-blank-line",
+    ),
+    row(b"data\n\ndata\ndata\n\ndata:", ["\n"], id="standard-empty-data"),
+    row(b"data:test\n\ndata: test\n\n", ["test", "test"], id="standard-one-space-is-dropped"),
+    row(b"data:  two\n\ndata:\ttab\n\n", [" two", "\ttab"], id="only-one-and-only-a-space"),
+    # line ends
+    row(b"data: a\n\ndata: b\n\n", ["a", "b"], id="lf"),
+    row(b"data: a\r\n\r\ndata: b\r\n\r\n", ["a", "b"], id="crlf"),
+    row(b"data: a\r\rdata: b\r\r", ["a", "b"], id="cr"),
+    row(b"data: a\r\n\ndata: b\n\r\ndata: c\r\r\n", ["a", "b", "c"], id="mixed"),
+    row(b"data: a\n\r", ["a"], id="lf-then-cr-are-two-ends"),
+    row(b"data: a\r\ndata: b\r\n\r\n", ["a\nb"], id="crlf-is-one-end"),
+    row(b"\n\n\r\r\n\ndata: a\n\n\n\n", ["a"], id="blank-lines-are-no-events"),
+    row(b"data: a\n\ndata: b\rdata: c\n\n", ["a", "b\nc"], id="cr-inside-what-looks-like-one-line"),
+    row(f"data: {NO_LINE_ENDS}\n\n".encode(), [NO_LINE_ENDS], id="nothing-else-ends-a-line"),
+    # the byte order mark
+    row(b"\xef\xbb\xbfdata: a\n\n", ["a"], id="bom"),
+    row(b"\xef\xbb\xbf\xef\xbb\xbfdata: a\n\ndata: b\n\n", ["b"], id="one-bom"),
+    row(b"data: a\n\n\xef\xbb\xbfdata: b\n\ndata: c\n\n", ["a", "c"], id="bom-only-at-the-start"),
+    row(b"\n\xef\xbb\xbfdata: a\n\ndata: b\n\n", ["b"], id="not-on-the-second-line"),
+    row(b"data: \xef\xbb\xbfa\n\n", ["\ufeffa"], id="a-bom-in-data-is-data"),
+    # fields
+    row(b": keep-alive\n\n:\n\n: \n\ndata: a\n\n", ["a"], id="0.29-comments"),
+    row(b"data: a\n: in between\ndata: b\n\n", ["a\nb"], id="comment-inside"),
+    row(b"event: delta\ndata: a\nid: 1\nretry: 5\n\n", ["a"], id="other-fields"),
+    row(b"event: ping\n\ndata: a\n\n", ["a"], id="an-event-without-data-is-none"),
+    row(b"Data: a\n data: b\ndata : c\ndatax: d\nxdata: e\n\n", [], id="names-are-exact"),
+    row(b"data: a: b\n\n", ["a: b"], id="colon-in-data"),
+    row(b"data: \n\ndata:\n\n", [], id="nothing-in-data-is-no-event"),
+    row(b"data: a\n\ndata: \n\ndata: b\n\n", ["a", "b"], id="nothing-in-data-between-events"),
+    row(b"data: data: a\n\n", ["data: a"], id="data-in-data"),
+    # vLLM
+    row(b'data: {"a": "\\n"}\n\ndata: [DONE]\n\n', ['{"a": "\\n"}', "[DONE]"], id="as-vllm-sends"),
+    row("data: こんにちは 🌸🚀é\n\n".encode(), ["こんにちは 🌸🚀é"], id="cuts-inside-a-letter"),
+    row(b"data: \xff\xe3\x81a\n\n", ["\ufffd\ufffda"], id="what-is-not-utf-8"),
+    row(b"data: a\n", [], id="an-event-ends-with-a-blank-line"),
+    row(b"", [], id="nothing"),
+]
+
+
+def feed_all(pieces: Iterable[bytes]) -> list[str]:
+    decoder = _SSEDecoder()
+    events: list[str] = []
+    for piece in pieces:
+        events += decoder.feed(piece)
+    return events
+
+
+@pytest.mark.parametrize(("raw", "events"), SSE_CASES)
+def test_sse(raw, events):
+    assert feed_all([raw]) == events
+    assert feed_all([b"", raw, b""]) == events
+    assert feed_all(bytes([byte]) for byte in raw) == events
+    for first, second in itertools.combinations_with_replacement(range(len(raw) + 1), 2):
+        assert feed_all([raw[:first], raw[first:second], raw[second:]]) == events, (first, second)
+
+
+def test_sse_as_one_stream_of_every_case():
+    """Run the cases that end with a blank line after each other, in pieces of many sizes."""
+    raw, events = b"", []
+    for case in SSE_CASES:
+        more_raw, more_events = case.values
+        if more_raw.endswith((b"\n\n", b"\r\r", b"\r\n\r\n")) and case.id != "one-bom":
+            raw += more_raw.removeprefix(b"\xef\xbb\xbf")
+            events += more_events
+    assert len(events) > 20
+    for size in (*range(1, 40), 997, len(raw)):
+        pieces = (raw[start : start + size] for start in range(0, len(raw), size))
+        assert feed_all(pieces) == events, size
+
+
+def test_an_event_is_complete_as_soon_as_its_blank_line_is_there():
+    decoder = _SSEDecoder()
+    found = [decoder.feed(bytes([byte])) for byte in b"data: a\n\ndata: b\r\r\n"]
+    assert found == [*[[]] * 8, ["a"], *[[]] * 8, ["b"], []]
+
+
+@pytest.mark.parametrize(
+    ("raw", "events"),
+    [
+        row(b"data: [DONE]", ["[DONE]"], id="without-a-line-end"),
+        row(b"data: [DONE]\n", ["[DONE]"], id="without-a-blank-line"),
+        row(b"data:[DONE]\r\n", ["[DONE]"], id="crlf"),
+        row(b"data: a", [], id="any-other-event-is-not-complete"),
+        row(b"data: a\ndata: [DONE]", [], id="second-line-of-another-event"),
+        row(b"data: [DONE", [], id="cut"),
+        row(b"data: [DONE]\n\n", [], id="complete-before"),
+        row(b"", [], id="nothing"),
+    ],
+)
+def test_done_counts_at_the_end_of_the_connection(raw, events):
+    for cut in range(len(raw) + 1):
+        decoder = _SSEDecoder()
+        decoder.feed(raw[:cut])
+        decoder.feed(raw[cut:])
+        assert decoder.finish() == events, cut
+
+
+@pytest.mark.parametrize(
+    ("start", "piece"),
+    [
+        row(b"data: ", b"x" * 100, id="line-without-end"),
+        row(b"", b"data: " + b"x" * 93 + b"\n", id="event-without-end"),
+        row(b": ", b"x" * 100, id="comment-without-end"),
+        row(b"", b"data:\n" * 20, id="many-empty-lines-of-data"),
+    ],
+)
+def test_an_event_may_be_no_larger_than_its_limit(monkeypatch, start, piece):
+    assert vllm_provider.MAX_EVENT_BYTES == 64 * 1024 * 1024
+    monkeypatch.setattr(vllm_provider, "MAX_EVENT_BYTES", 1000)
+    decoder = _SSEDecoder()
+    decoder.feed(start)
+    for _ in range(1000 // len(piece) - 1):
+        assert decoder.feed(piece) == []
+    error = caught(lambda: [decoder.feed(piece) for _ in range(4)])
+    assert type(error) is ProtocolError
+    assert str(error) == "an event of the stream is larger than 1000 bytes"
+
+
+def test_the_limit_counts_one_event(monkeypatch):
+    monkeypatch.setattr(vllm_provider, "MAX_EVENT_BYTES", 100)
+    decoder = _SSEDecoder()
+    for _ in range(3):
+        assert decoder.feed(b"data: " + b"x" * 94) == []
+        assert decoder.feed(b"\n") == []
+        assert decoder.feed(b"\n") == ["x" * 94]
+        assert decoder.feed(b": " + b"x" * 98) == []
+        assert decoder.feed(b"\n\n") == []
+
+
+EVENTS: Final = [EVENT_A, EVENT_A.replace(b'"a"', b'"b"'), b"data: [DONE]\n\n"]
+BODY: Final = b"".join(EVENTS)
+PLAIN_HEAD: Final = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream; charset=utf-8\r\n"
+LENGTH_HEAD: Final = PLAIN_HEAD + b"content-length: %d\r\n\r\n" % len(BODY)
+CHUNKED: Final = SSE_HEAD + b"".join(map(chunk, EVENTS)) + LAST_CHUNK
+CLOSED_HEAD: Final = PLAIN_HEAD + b"connection: close\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    ("raw", "step"),
+    [
+        row(CHUNKED, 1, id="chunked-as-vllm-does"),
+        row(SSE_HEAD + chunk(BODY) + LAST_CHUNK, 3, id="all-in-a-chunk"),
+        row(SSE_HEAD + b"".join(chunk(bytes([b])) for b in BODY) + LAST_CHUNK, 7, id="a-byte-each"),
+        row(CLOSED_HEAD + BODY, 1, id="until-it-closes"),
+        row(LENGTH_HEAD + BODY, 3, id="content-length"),
+    ],
+)
+def test_a_stream_cut_at_every_byte_keeps_its_whole_events(server, connect, raw, step):
+    client = connect(server, max_retries=0)
+    sizes = range(raw.index(b"\r\n\r\n") + 4, len(raw), step)
+    for size in sizes:
+        server.script(send_and_close(raw[:size]))
+        stream = client.stream_complete("x")
+        outcome = InThread(list, stream).outcome()
+
+        events = re.sub(rb"\r\n1\r\n", b"", raw[:size]).count(b"\n\n")
+        assert texts_of(stream.completion.choices) == ["ab"[:events]] * (events > 0), size
+        if isinstance(outcome, list):
+            assert b"DONE]" in re.sub(rb"\r\n1\r\n", b"", raw[:size]), size
+            assert texts_of(outcome) == ["a", "b"]
+        else:
+            assert type(outcome) is StreamError, size
+            assert (outcome.retryable, outcome.partial) == (True, stream.completion)
+    assert len(server.requests) == len(sizes)
+
+
+def framed(start: bytes = b"", end: bytes = b"", last: bytes = LAST_CHUNK) -> bytes:
+    """Return a chunked reply whose sizes have something before and after them."""
+    chunks = [start + b"%X" % len(raw) + end + b"\r\n" + raw + b"\r\n" for raw in EVENTS]
+    return SSE_HEAD + b"".join(chunks) + last
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        row(framed(), id="capital-digits"),
+        row(framed(start=b"000"), id="leading-zeros"),
+        row(framed(end=b';name="a value"'), id="extensions"),
+        row(framed(end=b" "), id="spaces"),
+        row(framed(last=b"000;a=b\r\n\r\n"), id="last-chunk-with-zeros"),
+        row(framed(last=b"0\r\nX-Checksum: 1\r\n\r\n"), id="trailers"),
+        row(SSE_HEAD + chunk(b": " + b"a" * 99_000 + b"\n\n" + BODY) + LAST_CHUNK, id="large"),
+        row(LENGTH_HEAD + BODY, id="length"),
+    ],
+)
+def test_a_stream_is_the_same_however_it_is_framed_and_cut(server, connect, raw):
+    client = connect(server)
+    cuts = [0, *range(len(raw) % 17 + 1, len(raw), 17)][:60]
+    for cut in cuts:
+
+        def step(connection: Connection, head: bytes = raw[:cut], tail: bytes = raw[cut:]) -> None:
+            connection.send(head)
+            connection.pause(0.001)
+            connection.send(tail)
+
+        server.script(step)
+        assert texts_of(client.stream_complete("x")) == ["a", "b"], cut
+    assert {request.connection for request in server.requests} == {1}
+
+
+@pytest.mark.parametrize("size", [b"", b"g", b"-1", b"1e", b"0x5", b"+5", b"5 5", b"f" * 30])
+def test_a_chunk_without_a_size_is_where_the_reply_breaks_off(server, connect, size):
+    server.script(send_and_close(FIRST + size + b"\r\nx\r\n"))
+    error = caught(list, connect(server).stream_complete("x"))
+    assert (type(error), error.partial.text) == (StreamError, "a")
+    where = f"POST {server.url}/v1/completions"
+    reason = "the connection was closed; look at the server's log"
+    assert str(error) == f"the reply broke off: {where}: {reason}"
+
+
+def test_a_reset_stream_keeps_what_had_arrived(server, connect):
+    has_read = threading.Event()
+
+    def step(connection: Connection) -> None:
+        connection.send(FIRST)
+        has_read.wait(IN_TIME)
+        connection.reset()
+
+    server.script(step)
+    stream = connect(server).stream_complete("x")
+    assert next(stream).text == "a"
+    has_read.set()
+    error = caught(next, stream)
+    assert type(error) is StreamError
+    where = f"POST {server.url}/v1/completions"
+    assert str(error) == f"the reply broke off: {where}: connection reset by peer"
+    assert error.partial.text == "a"
+    assert len(server.requests) == 1
+
+
+# ---- Replies: errors --------------------------------------------------------
+
+OVERFLOW_032: Final = (
+    "This model's maximum context length is 2048 tokens. However, your prompt contains at least"
+    " 2049 input tokens, which exceeds this limit even without any output tokens. Please reduce"
+    " the length of the input prompt. (parameter=input_tokens, value=2049)"
+)
+ROOT_ADVICE: Final = "is base_url the server's root, and is it vLLM? (curl BASE_URL/v1/models)"
+TOO_BUSY: Final = "the server is busy or starting: try again later"
+
+
+@pytest.mark.parametrize(
+    ("status", "kind", "retryable", "advice"),
+    [
+        row(201, StatusError, False, None, id="201-is-not-what-vllm-answers"),
+        row(400, InvalidRequestError, False, None, id="400"),
+        row(
+            401,
+            AuthenticationError,
+            False,
+            "set api_key or VLLM_API_KEY to the key the server was started with",
+            id="401",
+        ),
+        row(
+            403,
+            AccessDeniedError,
+            False,
+            "the key may not do this, or a gateway hides the path",
+            id="403",
+        ),
+        row(404, NotFoundError, False, ROOT_ADVICE, id="404"),
+        row(405, StatusError, False, ROOT_ADVICE, id="405"),
+        row(408, StatusError, True, None, id="408"),
+        row(409, StatusError, False, None, id="409"),
+        row(413, StatusError, False, "a proxy limits the size of a request", id="413"),
+        row(418, StatusError, False, None, id="418"),
+        row(422, InvalidRequestError, False, None, id="422"),
+        row(425, StatusError, True, None, id="425"),
+        row(429, RateLimitError, True, None, id="429"),
+        row(500, ProviderUnavailableError, True, None, id="500"),
+        row(501, ProviderUnavailableError, False, None, id="501-never-will"),
+        row(
+            502,
+            ProviderUnavailableError,
+            True,
+            "the gateway got no reply from vLLM: is it running?",
+            id="502",
+        ),
+        row(503, ProviderUnavailableError, True, TOO_BUSY, id="503"),
+        row(
+            504,
+            ProviderUnavailableError,
+            True,
+            "a proxy gave up waiting; vLLM may still be at work",
+            id="504",
+        ),
+        row(529, ProviderUnavailableError, True, None, id="529"),
+    ],
+)
+@whole_and_stream
+def test_status(web, is_stream, status, kind, retryable, advice):
+    web.post(COMPLETIONS_URL, status=status, body="no")
+    error = caught(generate, web_client(), is_stream)
+    advice = "" if advice is None else f"; {advice}"
+    assert (type(error), str(error)) == (kind, f"{status} 'no': POST {COMPLETIONS_URL}{advice}")
+    assert (error.status_code, error.retryable, error.retry_after) == (status, retryable, None)
+    assert error.server_message == "no"
+    assert web.calls[0].request.headers["X-Request-Id"] == f"{error.request_id}-1"
+    assert error.partial.choices == ()
+    assert len(web.calls) == 1
+
+
+PAGE: Final = "<html>\r\n<head><title>Bad\tGateway &amp; co</title></head></html>"
+
+
+@pytest.mark.parametrize(
+    ("body", "shown", "server_message"),
+    [
+        row(json.dumps(error_payload("bad x")), "'bad x'", "bad x", id="nested"),
+        row('{"object":"error","message":"bad x","code":400}', "'bad x'", "bad x", id="flat"),
+        row('{"error":"Unauthorized"}', "'Unauthorized'", "Unauthorized", id="string"),
+        row('{"detail":"Not Found"}', "'Not Found'", "Not Found", id="fastapi"),
+        row(
+            '{"detail":[{"loc":["body"],"msg":"bad"}]}',
+            """'[{"loc": ["body"], "msg": "bad"}]'""",
+            '[{"loc": ["body"], "msg": "bad"}]',
+            id="fastapi-list",
+        ),
+        row('{"error":{"error":{"message":"deep"}}}', "'deep'", "deep", id="doubly-nested"),
+        row('{"message":"a"}', "'a'", "a", id="message-alone"),
+        row('{"error":{"msg":"a"}}', """'{"msg": "a"}'""", '{"msg": "a"}', id="no-message"),
+        row('["a"]', """'["a"]'""", '["a"]', id="list"),
+        row("a\n  b", "'a b'", "a\n  b", id="lines-are-joined"),
+        row("", "(no message)", "", id="empty"),
+        row(" \n", "(no message)", " \n", id="blank"),
+        row("null", "(no message)", "", id="null"),
+        row('{"error":{"message":null,"code":400}}', "(no message)", "", id="message-null"),
+        row(PAGE, "'Bad Gateway & co'", PAGE, id="title-of-a-page"),
+        row("<p>no</p>", "'<p>no</p>'", "<p>no</p>", id="page-without-a-title"),
+        row('{"error": ', """'{"error":'""", '{"error": ', id="half-of-json"),
+        row('"quota"', "'quota'", "quota", id="json-string"),
+        row("[" * 100_000, repr("[" * 200 + "…"), "[" * 100_000, id="nested-beyond-reason"),
+        row("Zoë".encode(), "'Zoë'", "Zoë", id="utf-8"),
+        row(b"Zo\xeb", "'Zo\ufffd'", "Zo\ufffd", id="not-utf-8"),
+        row("x" * 200, repr("x" * 200), "x" * 200, id="200-characters-are-quoted"),
+        row("x" * 201, repr("x" * 200 + "…"), "x" * 201, id="no-more"),
+        row(" " * 5000 + "x", repr("x"), " " * 5000 + "x", id="message-behind-much-white-space"),
+    ],
+)
+def test_body_of_an_error(web, body, shown, server_message):
+    web.post(COMPLETIONS_URL, status=418, body=body)
+    error = caught(web_client().complete, "Once")
+    assert str(error) == f"418 {shown}: POST {COMPLETIONS_URL}"
+    assert error.server_message == server_message
+
+
+def test_a_very_large_body_of_an_error_is_cut(server, connect, monkeypatch):
+    monkeypatch.setattr(vllm_provider, "MAX_ERROR_BYTES", 1000)
+    head = JSON_HEAD.replace(b"200 OK", b"418 No")
+    server.script(repeat(chunk(b"x" * 100), head, 0.0))
+    error = caught(connect(server).complete, "Once")
+    assert (error.status_code, len(error.server_message)) == (418, 1000)
+    server.aborted.get(timeout=1)
+
+
+@pytest.mark.parametrize(
+    ("payload", "kind", "status", "message"),
+    [
+        row(error_payload("bad"), InvalidRequestError, 400, "400 'bad'", id="nested-since-0.10.1"),
+        row(
+            {"object": "error", "message": "bad", "type": "BadRequestError", "code": 400},
+            InvalidRequestError,
+            400,
+            "400 'bad'",
+            id="flat-in-0.10.0",
+        ),
+        row(
+            {"error": {"object": "error", "message": "bad", "param": None, "code": 422}},
+            InvalidRequestError,
+            422,
+            "422 'bad'",
+            id="flat-within-error-in-a-stream-of-0.10.0",
+        ),
+        row(
+            {"error": error_payload("bad", 405)},
+            StatusError,
+            405,
+            "405 'bad'",
+            id="doubly-nested-by-a-gateway",
+        ),
+        row({"error": "Scaling."}, ProviderUnavailableError, 500, "500 'Scaling.'", id="string"),
+        row(
+            error_payload("", 500),
+            ProviderUnavailableError,
+            500,
+            "500 (no message)",
+            id="EngineGenerateError-has-no-message",
+        ),
+        row(
+            error_payload("EngineCore encountered an issue."),
+            ProviderUnavailableError,
+            500,
+            "500 'EngineCore encountered an issue.'",
+            id="up-to-0.14-even-a-dead-engine-is-400",
+        ),
+        row(error_payload("no", 501), ProviderUnavailableError, 501, "501 'no'", id="501"),
+        row(
+            {"id": "x", "choices": [{"text": "a"}], **error_payload("late", 500)},
+            ProviderUnavailableError,
+            500,
+            "500 'late'",
+            id="beside-choices",
+        ),
+        *(
+            row(error_payload("no", code), ProviderUnavailableError, 500, "500 'no'", id=f"{code}")
+            for code in ("model_not_found", "400", True, 200, 99999, None, 400.0)
+        ),
+        row(error_payload(OVERFLOW_032), ContextLengthError, 400, "the prompt ", id="overflow"),
+    ],
+)
+def test_error_in_a_reply_with_status_200(web, payload, kind, status, message):
+    event = f"data: {json.dumps(payload)}\n\n{DONE}"
+    web.post(CHAT_URL, json=payload)
+    web.post(CHAT_URL, body=event, content_type="text/event-stream")
+    client = web_client()
+    for error in (
+        caught(parse_completion_response, payload),
+        caught(parse_chat_response, payload),
+        caught(client.chat, "Once"),
+        caught(list, client.stream_chat("Once")),
+    ):
+        assert (type(error), error.status_code) == (kind, status)
+        assert str(error).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("status", "message", "kind", "retryable", "advice"),
+    [
+        row(
+            400,
+            '"auto" tool choice requires --enable-auto-tool-choice and --tool-call-parser',
+            InvalidRequestError,
+            False,
+            "start vLLM with --enable-auto-tool-choice --tool-call-parser NAME, or send no tools",
+            id="tools",
+        ),
+        row(
+            400,
+            "default chat template is no longer allowed, so you must provide a chat template",
+            InvalidRequestError,
+            False,
+            "this model has no chat template: use complete(), or start vLLM with"
+            " --chat-template FILE",
+            id="no-template",
+        ),
+        row(
+            400,
+            "Chat template is passed, but --trust-request-chat-template is not set.",
+            InvalidRequestError,
+            False,
+            "start vLLM with that flag, or send no chat_template",
+            id="template-that-is-not-trusted",
+        ),
+        row(
+            500,
+            "EngineCore encountered an issue. See stack trace (above) for the root cause.",
+            ProviderUnavailableError,
+            True,
+            "the engine has died: look at the server's log and start it again",
+            id="engine",
+        ),
+        row(
+            400,
+            "Requested sample logprobs of 500, which is greater than max allowed: 20",
+            InvalidRequestError,
+            False,
+            "ask for fewer, or start vLLM with --max-logprobs N",
+            id="logprobs",
+        ),
+        row(
+            400,
+            "Out of range float values are not JSON compliant",
+            ProviderUnavailableError,
+            False,
+            "the model computed NaN: try without logprobs, or another --dtype",
+            id="nan-is-a-fault-of-the-server",
+        ),
+        row(
+            400,
+            "Cannot apply chat template to an empty conversation.",
+            InvalidRequestError,
+            False,
+            None,
+            id="about-a-template-that-there-is",
+        ),
+    ],
+)
+def test_advice(web, status, message, kind, retryable, advice):
+    web.post(CHAT_URL, status=status, json=error_payload(message, status))
+    error = caught(web_client().chat, "Once")
+    advice = "" if advice is None else f"; {advice}"
+    assert (type(error), error.retryable) == (kind, retryable)
+    assert str(error) == f"{status} {message!r}: POST {CHAT_URL}{advice}"
+
+
+@pytest.mark.parametrize(
+    ("status", "page", "is_starting"),
+    [
+        row(404, "<html><body>Model is warming up</body></html>", True, id="404-warming-up"),
+        row(404, "<!doctype html><p>INITIALIZING", True, id="404-initializing"),
+        row(425, "<html>service is starting", True, id="425-service-is-starting"),
+        row(404, "\n <html>waiting for service to respond", True, id="404-waiting"),
+        row(404, "<html>starting up", True, id="404-starting-up"),
+        row(403, "<html><title>Just a moment...</title>Cloudflare", True, id="403-cloudflare"),
+        row(404, "<html>nothing here", False, id="404-other-page"),
+        row(404, '{"error": "warming up"}', False, id="404-json"),
+        row(404, "warming up", False, id="404-text"),
+        row(403, "<html>warming up", False, id="403-other-page"),
+        row(400, "<html>warming up", False, id="400-page"),
+    ],
+)
+def test_the_page_of_a_gateway_that_is_starting(web, retries, status, page, is_starting):
+    web.post(COMPLETIONS_URL, status=status, body=page, content_type="text/html")
+    client = web_client(max_retries=1, min_retry_delay=0.001)
+    error = caught(client.complete, "x")
+    advice = "a gateway is in front of the server, which may be starting: try again later"
+    assert (advice in str(error)) is is_starting
+    assert (type(error) is ProviderUnavailableError) is is_starting
+    assert (error.status_code, error.retryable) == (status, is_starting)
+    assert len(retries.pauses) == is_starting
+
+
+KEY: Final = 'sk/ab&c=12"3<45'
+
+
+def json_escapes(digits: str) -> str:
+    return "".join(f"\\u{ord(char):{digits}}" for char in KEY)
+
+
+@pytest.mark.parametrize(
+    "spelling",
+    [
+        row(json.dumps(KEY)[1:-1], id="json"),
+        row(json.dumps(KEY)[1:-1].replace("/", "\\/"), id="json-escaped-slash"),
+        row(json_escapes("04x"), id="json-escapes"),
+        row(json_escapes("04X"), id="json-escapes-in-capitals"),
+        row(json.dumps(json.dumps(KEY)[1:-1])[1:-1], id="json-in-json"),
+        row(urllib.parse.quote(KEY, safe=""), id="url"),
+        row(urllib.parse.quote(KEY, safe="").lower(), id="url-in-small-letters"),
+        row(html.escape(KEY), id="html"),
+        row("".join(f"&#{ord(char)};" for char in KEY), id="html-numbers"),
+        row("".join(f"&#x{ord(char):X};" for char in KEY), id="html-hex-numbers"),
+    ],
+)
+@pytest.mark.parametrize(
+    ("status", "kind", "body"),
+    [
+        row(401, "plain", "bad key {}", id="text"),
+        row(401, "json", '{{"error": "bad key {}"}}', id="json"),
+        row(200, "json", '{{"error": {{"message": "bad key {}", "code": 401}}}}', id="200-json"),
+        row(200, "html", "<p>bad key {}</p>", id="200-html"),
+        row(200, "event-stream", 'data: {{"error": "bad key {}"}}\n\n', id="event"),
+        row(200, "event-stream", "data: bad key {}\n\n", id="event-that-is-not-json"),
+        row(403, "html", "<title>bad key {}</title>", id="title"),
+        row(307, "plain", "https://x.test/{}/v1/completions", id="redirect"),
+    ],
+)
+def test_no_error_shows_the_key_in_any_spelling(web, spelling, status, kind, body):
+    body = body.format(spelling)
+    headers = {"Location": body} if status == 307 else {}
+    web.post(
+        COMPLETIONS_URL, status=status, body=body, content_type=f"text/{kind}", headers=headers
     )
-    assert (pauses, tls_server.requests) == ([0.5, 1.0, 2.0], [])
+    error = caught(list, web_client(api_key=KEY).stream_complete("x"))
+    shown = f"{error} {getattr(error, 'server_message', '')}"
+    assert "***" in shown
+    for secret in (KEY, spelling, KEY[3:8]):
+        assert secret not in html.unescape(shown)
 
 
-# ---- Transport: what it costs, what it logs ---------------------------------
+@pytest.mark.parametrize(
+    "body",
+    [
+        row({"error": {"message": "{'type': 'bad', 'input': 'MY PROMPT'}"}}, id="vllm"),
+        row({"error": {"message": '{"type": "bad", "input": "MY PROMPT"}'}}, id="quoted-twice"),
+        row({"detail": [{"type": "bad", "input": {"prompt": "MY PROMPT"}}]}, id="fastapi"),
+    ],
+)
+@pytest.mark.parametrize("status", [400, 422])
+def test_a_validation_error_does_not_quote_the_prompt(web, status, body):
+    web.post(COMPLETIONS_URL, status=status, json=body)
+    error = caught(web_client().complete, "MY PROMPT")
+    assert "MY PROMPT" not in str(error)
+    assert "bad" in str(error)
+    assert "MY PROMPT" in error.server_message
+
+
+@pytest.mark.parametrize(
+    ("value", "seconds"),
+    [
+        row("7", 7.0, id="seconds"),
+        row("0", 0.0, id="now"),
+        row(" 1.5 ", 1.5, id="fraction-and-blanks"),
+        row("-5", 0.0, id="negative"),
+        row("soon", None, id="no-number"),
+        row("", None, id="empty"),
+        row("inf", None, id="infinity"),
+        row("nan", None, id="nan"),
+        row("1" * 5000, None, id="too-many-digits"),
+        row("Wed, 21 Oct 2015 07:28:00 GMT", 0.0, id="date-in-the-past"),
+        row("Wed, 99 Oct 2015 07:28:00 GMT", None, id="no-such-date"),
+        row("Wed, 21 Oct 99999 07:28:00 GMT", None, id="no-such-year"),
+        row("Wed, 21 Oct 2015 07:28:00 +99999999999", None, id="no-such-zone"),
+    ],
+)
+def test_retry_after(web, value, seconds):
+    web.post(COMPLETIONS_URL, status=503, body="busy", headers={"Retry-After": value})
+    assert caught(web_client().complete, "Once").retry_after == seconds
+
+
+@pytest.mark.parametrize("zone", ["GMT", "-0000", "+0000"])
+def test_retry_after_a_date(web, zone):
+    date = email.utils.format_datetime(datetime.now(UTC) + timedelta(seconds=100))
+    headers = {"retry-after": date.replace("+0000", zone)}
+    web.post(COMPLETIONS_URL, status=503, headers=headers)
+    assert 30 < caught(web_client().complete, "Once").retry_after <= 100
+
+
+@pytest.mark.parametrize(
+    ("path", "location", "base_url"),
+    [
+        row(GENERATION, "https://gpu.example/v1/completions", "https://gpu.example", id="https"),
+        row(GENERATION, "http://vllm.test/a/v1/completions", "http://vllm.test/a", id="prefix"),
+        row(GENERATION, "/a/v1/completions", "http://vllm.test/a", id="path"),
+        row(GENERATION, "https://gpu.example/v1/completions/", "https://gpu.example", id="slash"),
+        row(MODELS, "https://gpu.example/v1/models", "https://gpu.example", id="models"),
+        row("/health", "https://gpu.example/health?a=b", "https://gpu.example", id="health"),
+        row(GENERATION, "https://sso.example/login?next=/v1/completions", None, id="login-page"),
+        row(GENERATION, "/login?next=%2Fv1%2Fcompletions", None, id="login-path"),
+        row(GENERATION, "http://[::1", None, id="no-url"),
+        row(GENERATION, "", None, id="nowhere"),
+    ],
+)
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+def test_redirects_are_not_followed(web, status, path, location, base_url):
+    call = {MODELS: VLLMClient.models, "/health": VLLMClient.health}.get(path)
+    method = "POST" if call is None else "GET"
+    web.add(method, WEB + path, status=status, headers={"Location": location} if location else {})
+    client = web_client(max_retries=3)
+    error = caught(client.complete, "x") if call is None else caught(call, client)
+    advice = "" if base_url is None else f"; set base_url to {base_url!r}"
+    assert (type(error), error.status_code, error.retryable) == (StatusError, status, False)
+    assert str(error) == (
+        f"{method} {WEB}{path} is redirected to {location!r}, which is not followed: the prompt"
+        f" would go to another place{advice}"
+    )
+    assert len(web.calls) == 1
+
+
+# ---- Replies: what requests raises ------------------------------------------
+
+REQUESTS_KINDS: Final = {
+    **dict.fromkeys(["Timeout", "ConnectTimeout", "ReadTimeout"], LLMTimeoutError),
+    **dict.fromkeys(["ConnectionError", "ProxyError", "ChunkedEncodingError"], NetworkError),
+    **dict.fromkeys(["RequestException", "RetryError", "TooManyRedirects"], NetworkError),
+    **dict.fromkeys(["HTTPError", "StreamConsumedError", "UnrewindableBodyError"], None),
+    **dict.fromkeys(["ContentDecodingError", "InvalidJSONError", "JSONDecodeError"], None),
+    **dict.fromkeys(["InvalidHeader", "InvalidProxyURL", "InvalidSchema"], ConfigurationError),
+    **dict.fromkeys(["InvalidURL", "MissingSchema", "URLRequired"], None),
+    "SSLError": NetworkError,
+}
+
+
+def requests_errors() -> dict[str, type[requests.RequestException]]:
+    classes = inspect.getmembers(requests.exceptions, inspect.isclass)
+    return {name: one for name, one in classes if issubclass(one, requests.RequestException)}
+
+
+def test_requests_has_no_exception_this_table_does_not_know():
+    assert requests_errors().keys() == REQUESTS_KINDS.keys()
+
+
+@pytest.mark.parametrize("name", REQUESTS_KINDS)
+@whole_and_stream
+def test_every_exception_of_requests_is_translated(web, is_stream, name):
+    arguments = ("broken", "{", 0) if name == "JSONDecodeError" else ("broken",)
+    raised = requests_errors()[name](*arguments)
+    web.post(COMPLETIONS_URL, body=raised)
+    error = caught(generate, web_client(), is_stream)
+    assert type(error) is (REQUESTS_KINDS[name] or type(error))
+    assert error.__cause__ is raised
+    assert WEB in str(error)
+
+
+# ---- Replies: that are none of vLLM's ---------------------------------------
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        row("<html>\n<h1>Welcome to nginx!</h1>", id="html"),
+        row("", id="empty"),
+        row("[1]", id="list"),
+        row('"x"', id="string"),
+        row("null", id="null"),
+        row('{"choices": [', id="cut"),
+        row('{"choices": []} {}', id="two-objects"),
+        row("[" * 100_000, id="nested-beyond-reason"),
+        row('{"a":' * 100_000, id="objects-beyond-reason"),
+    ],
+)
+@pytest.mark.parametrize("is_event", [row(False, id="whole"), row(True, id="event")])
+def test_what_is_not_json(web, is_event, body):
+    good = f"data: {json.dumps(text_event('a'))}\n\n"
+    lines = " ".join(body.split())
+    if is_event:
+        body = f"{good}data: {body or ' '}\n\n{DONE}".replace("\n<", "<")
+        lines = lines.replace("> <", "><")
+    content_type = "text/event-stream" if is_event else "application/json"
+    web.post(COMPLETIONS_URL, body=body, content_type=content_type)
+    error = caught(list, web_client().stream_complete("Once"))
+    quoted = repr(lines if len(lines) <= 200 else lines[:200] + "…")
+    assert type(error) is ProtocolError
+    assert str(error) == f"not the JSON vLLM sends: POST {COMPLETIONS_URL}: {quoted}; {ROOT_ADVICE}"
+    assert (error.retryable, error.status_code) == (False, None)
+    assert error.partial.text == ("a" if is_event else "")
+
+
+@pytest.mark.parametrize(
+    ("encoding", "is_known"),
+    [("gzip", False), ("br", False), ("identity, gzip", False), ("Identity", True), ("", True)],
+)
+@whole_and_stream
+def test_encodings(web, is_stream, encoding, is_known):
+    headers = {"Content-Encoding": encoding}
+    web.post(COMPLETIONS_URL, json=text_event("a"), headers=headers)
+    if is_known:
+        assert texts_of(generate(web_client(), is_stream)) == ["a"]
+    else:
+        error = caught(generate, web_client(), is_stream)
+        where = f"POST {COMPLETIONS_URL}"
+        message = f"the reply is encoded as {encoding!r}, which was not requested: {where}"
+        assert (type(error), str(error)) == (ProtocolError, message)
+    assert web.calls[0].request.headers["Accept-Encoding"] == "identity"
+
+
+@pytest.mark.parametrize(
+    ("content_type", "body", "is_stream"),
+    [
+        row("Content-Type: Text/Event-Stream", BODY, True, id="capitals"),
+        row("X: 1", BODY, True, id="no-type-of-a-stream"),
+        row("X: 1", json.dumps(text_event("ab")).encode(), False, id="no-type-of-a-whole-reply"),
+        row("Content-Type: application/json", EVENT_A[6:], True, id="gateway-that-does-not-stream"),
+        row("Content-Type: text/event-stream", BODY, False, id="gateway-that-always-streams"),
+    ],
+)
+def test_how_a_reply_is_read(server, connect, content_type, body, is_stream):
+    head = f"HTTP/1.1 200 OK\r\n{content_type}\r\nConnection: close\r\n\r\n"
+    server.script(send_and_close(head.encode() + body))
+    parts = generate(connect(server), is_stream)
+    assert "".join(texts_of(parts)) == ("a" if b"DONE" not in body and is_stream else "ab")
+
+
+@pytest.mark.parametrize(
+    ("raw", "kind", "message"),
+    [
+        row(b"H", NetworkError, "closed in the first line of a reply: {} ('H", id="one-byte"),
+        row(b"HTTP/1.1 2", NetworkError, "closed in the first line of a reply: {} (", id="status"),
+        row(b"SSH-2.0-OpenSSH\r\n", ProtocolError, "not an HTTP reply: {}: 'SSH-2.0-Op", id="ssh"),
+        row(b"HTTP/1.1 abc OK\r\n\r\n", ProtocolError, "not an HTTP reply: {}", id="no-number"),
+        row(
+            b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\nContent-Length: 6\r\n\r\nabcdef",
+            ProtocolError,
+            "",
+            id="two-lengths",
+        ),
+        row(
+            b"HTTP/1.1 200 OK\r\n" + b"X: 1\r\n" * 200 + b"\r\n",
+            ProtocolError,
+            "",
+            id="too-many-headers",
+        ),
+    ],
+)
+def test_what_is_not_http(server, connect, raw, kind, message):
+    server.script(send_and_close(raw))
+    error = caught(connect(server).complete, "x")
+    assert (type(error), error.retryable) == (kind, kind is NetworkError)
+    assert str(error).startswith(message.format(f"POST {server.url}/v1/completions"))
+    assert len(server.requests) == 1
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        row(reply(200, text_event("a" * 100_000)), id="length"),
+        row(JSON_HEAD + chunk(b" " * 100_001) + LAST_CHUNK, id="chunked"),
+        row(reply(200, b"{", {"Content-Length": "100001"}), id="refused-before-it-has-come"),
+    ],
+)
+@whole_and_stream
+def test_a_reply_may_be_no_larger_than_its_limit(server, connect, monkeypatch, is_stream, raw):
+    assert vllm_provider.MAX_REPLY_BYTES == 256 * 1024 * 1024
+    monkeypatch.setattr(vllm_provider, "MAX_REPLY_BYTES", 100_000)
+    client = connect(server)
+    server.script(reply(200, text_event("a" * 99_900)), stall(raw))
+    assert len(client.complete("x").text) == 99_900
+    with at_once(IN_TIME):
+        error = caught(generate, client, is_stream)
+    message = f"the reply is larger than 100000 bytes: POST {server.url}/v1/completions"
+    assert (type(error), str(error)) == (ProtocolError, message)
+    server.aborted.get(timeout=1)
+
+
+def test_a_stream_has_no_limit_in_total_but_each_event_has(server, connect, monkeypatch):
+    monkeypatch.setattr(vllm_provider, "MAX_REPLY_BYTES", 1000)
+    monkeypatch.setattr(vllm_provider, "MAX_EVENT_BYTES", 1000)
+    client = connect(server)
+    events = [text_event("a" * 500)] * 9
+    server.script(sse(*events))
+    assert len("".join(texts_of(client.stream_complete("x")))) == 4500
+
+    raw = SSE_HEAD + b"".join(map(chunk, events)) + chunk(b"data: " + b"b" * 1000)
+    server.script(stall(raw))
+    error = caught(list, client.stream_complete("x"))
+    assert (type(error), len(error.partial.text)) == (ProtocolError, 4500)
+    server.aborted.get(timeout=1)
+
+
+# ---- Replies: what does not fit ---------------------------------------------
+
+SHORTEN: Final = "Please reduce the length of the input prompt"
+M_2048: Final = "This model's maximum context length is 2048 tokens. However, "
+ONLY_2048: Final = (
+    "However, the model's context length is only 2048 tokens, resulting in a maximum input length"
+    f" of 2038 tokens. {SHORTEN}."
+)
+# the server's text, the context length and the prompt's length in it; o is 10
+TOO_LONG: Final = [
+    row(
+        f"{M_2048}you requested 2520 tokens (2510 in the messages, 10 in the completion). Please"
+        " reduce the length of the messages or completion.",
+        (2048, 2510),
+        id="0.10.0",
+    ),
+    row(
+        f"{M_2048}you requested 2510 tokens in the messages, Please reduce the length of the"
+        " messages.",
+        (2048, 2510),
+        id="0.10.0-without-max-tokens",
+    ),
+    row(
+        f"{M_2048}your request has 2510 input tokens. Please reduce the length of the input"
+        " messages. None",
+        (2048, 2510),
+        id="0.11.0",
+    ),
+    row(
+        f"You passed 2510 input tokens and requested 10 output tokens. {ONLY_2048}",
+        (2048, 2510),
+        id="0.16",
+    ),
+    row(
+        f"You passed 99999 input characters and requested 10 output tokens. {ONLY_2048}",
+        (2048, None),
+        id="0.16-characters",
+    ),
+    row(
+        f"{M_2048}you requested 10 output tokens and your prompt contains 2510 input tokens, for a"
+        f" total of 2520 tokens. {SHORTEN} or the number of requested output tokens."
+        " (parameter=input_tokens, value=2510)",
+        (2048, 2510),
+        id="0.18",
+    ),
+    row(
+        f"{M_2048}you requested 10 output tokens and your prompt contains at least 2049 input"
+        f" tokens, for a total of at least 2059 tokens. {SHORTEN} or the number of requested output"
+        " tokens. (parameter=input_tokens, value=2049)",
+        (2048, 2049),
+        id="0.18-at-least",
+    ),
+    row(
+        f"{M_2048}you requested 10 output tokens and your prompt contains 99999 characters (more"
+        " than 20000 characters, which is the upper bound for 2038 input tokens)."
+        f" {SHORTEN} or the number of requested output tokens.",
+        (2048, None),
+        id="0.18-characters",
+    ),
+    row(OVERFLOW_032, (2048, 2049), id="0.32"),
+    row(
+        f"{M_2048}your prompt contains 99999 characters (more than 20000 characters, which is the"
+        " upper bound for 2048 input tokens), which exceeds this limit even without any output"
+        f" tokens. {SHORTEN}. (parameter=input_text, value=99999)",
+        (2048, None),
+        id="0.32-characters",
+    ),
+    row(
+        "Input length (2510) exceeds model's maximum context length (2048).",
+        (2048, 2510),
+        id="gpt-oss-since-0.18",
+    ),
+    row("max_tokens must be at least 1, got -462.", (2048, 2510), id="gpt-oss-up-to-0.17"),
+    row("max_tokens must be at least 1, got 0.", (2048, 2048), id="filled-exactly"),
+    row(
+        "The decoder prompt (length 2510) is longer than the maximum model length of 2048. Make"
+        " sure that `max_model_len` is no smaller than the number of text tokens.",
+        (2048, 2510),
+        id="engine",
+    ),
+    row(
+        "The decoder prompt (length 2048) plus the number of requested output tokens (at least 1)"
+        " is longer than the maximum model length of 2048.",
+        (2048, 2048),
+        id="engine-filled-exactly",
+    ),
+]
+# the server's text for max_tokens = 5000, and what fits
+TOO_MANY: Final = [
+    row(
+        f"{M_2048}you requested 5009 tokens (9 in the messages, 5000 in the completion). Please"
+        " reduce the length of the messages or completion.",
+        2039,
+        id="0.10.0",
+    ),
+    row(
+        "'max_tokens' or 'max_completion_tokens' is too large: 5000. This model's maximum context"
+        " length is 2048 tokens and your request has 9 input tokens (5000 > 2048 - 9). None",
+        2039,
+        id="0.11.0",
+    ),
+    row(
+        "'max_tokens' (5000) cannot be greater than the model's maximum context length (2048).",
+        2048,
+        id="0.11-names-m",
+    ),
+    row(
+        f"You passed 9 input tokens and requested 5000 output tokens. {ONLY_2048}", 2039, id="0.16"
+    ),
+    row(
+        "max_tokens=5000cannot be greater than max_model_len=max_total_tokens=2048. Please request"
+        " fewer output tokens.",
+        2048,
+        id="0.16-without-a-space",
+    ),
+    row(
+        f"{M_2048}you requested 5000 output tokens and your prompt contains 9 input tokens, for a"
+        f" total of 5009 tokens. {SHORTEN} or the number of requested output tokens.",
+        2039,
+        id="0.18",
+    ),
+    row(
+        "max_completion_tokens=5000 cannot be greater than max_model_len=2048. Please request"
+        " fewer output tokens. (parameter=max_completion_tokens, value=5000)",
+        2048,
+        id="0.32",
+    ),
+]
+OTHER_ERRORS: Final = [
+    row("temperature must be non-negative, got -1.0. (parameter=temperature)", id="temperature"),
+    row("max_tokens must be at most 5 for this user", id="quota-of-a-gateway"),
+    row("'n' is too large: it must be at most 16384", id="too-large-without-a-number"),
+    row("prompt_logprobs must be at least 0, got -3", id="other-number"),
+    row("1 validation error: max_tokens Input should be a valid integer", id="validation"),
+    row("The number of prompts (1025) exceeds the maximum of 1024", id="prompts"),
+]
+
+
+@pytest.mark.parametrize(("message", "lengths"), TOO_LONG)
+def test_a_text_about_a_prompt_that_is_too_long(message, lengths):
+    facts = _RequestFacts("POST /v1/chat/completions", max_tokens=10)
+    overflow = _read_overflow(message, facts, 2048)
+    assert (overflow.context_length, overflow.input_tokens) == lengths
+    assert overflow.is_prompt_too_long()
+    assert overflow.is_lower_bound is ("at least 2049" in message)
+
+
+@pytest.mark.parametrize(("message", "fitting"), TOO_MANY)
+def test_a_text_about_max_tokens_that_are_too_many(message, fitting):
+    facts = _RequestFacts("POST /v1/chat/completions", max_tokens=5000)
+    overflow = _read_overflow(message, facts)
+    assert not overflow.is_prompt_too_long()
+    assert overflow.available_tokens() == fitting
+
+
+@pytest.mark.parametrize("message", OTHER_ERRORS)
+def test_a_text_about_something_else(message):
+    assert _read_overflow(message, _RequestFacts("POST /v1/completions"), 2048) is None
+
+
+@pytest.mark.parametrize(
+    ("is_completion", "max_tokens", "limit"),
+    [
+        row(True, 5, 2048, id="completions-print-m-less-max-tokens"),
+        row(True, None, 2059, id="the-servers-default-is-16"),
+        row(False, 5, 2043, id="chat-prints-m"),
+    ],
+)
+def test_the_limit_that_completions_of_0_11_print(is_completion, max_tokens, limit):
+    message = "maximum context length is 2043 tokens. However, your request has 2502 input tokens."
+    facts = _RequestFacts("POST /", is_completion=is_completion, max_tokens=max_tokens)
+    overflow = _read_overflow(message, facts)
+    assert (overflow.context_length, overflow.input_tokens) == (limit, 2502)
+
+
+@pytest.mark.parametrize("max_tokens", [0, -1])
+def test_max_tokens_below_1_are_the_callers_mistake(max_tokens):
+    message = f"max_tokens must be at least 1, got {max_tokens}."
+    facts = _RequestFacts("POST /v1/chat/completions", max_tokens=max_tokens)
+    assert _read_overflow(message, facts, 2048) is None
+
+
+def overflow_message(limit: int | str, tokens: str) -> str:
+    where = f"POST {CHAT_URL}"
+    return f"the prompt does not fit: {tokens} for a context of {limit}: {where}; shorten it"
+
+
+@pytest.mark.parametrize(
+    ("server_message", "limit", "input_tokens", "message"),
+    [
+        row(OVERFLOW_032, 2048, 2049, overflow_message(2048, "at least 2049 tokens"), id="0.32"),
+        row(
+            "max_tokens must be at least 1, got -462.",
+            2048,
+            2510,
+            overflow_message(2048, "2510 tokens"),
+            id="limit-from-the-models",
+        ),
+        row(
+            f"You passed 99999 input characters and requested 1 output tokens. {ONLY_2048}",
+            2048,
+            None,
+            overflow_message(2048, "it has too many tokens"),
+            id="no-count",
+        ),
+    ],
+)
+@pytest.mark.parametrize("is_flat", [False, True])
+def test_a_prompt_that_does_not_fit(web, server_message, limit, input_tokens, message, is_flat):
+    web.get(MODELS_URL, json=model_list("parrot", max_model_len=2048))
+    payload = error_payload(server_message)
+    web.post(CHAT_URL, status=400, json=payload["error"] if is_flat else payload)
+    error = caught(list, web_client().stream_chat("hello " * 2500))
+    assert (type(error), str(error)) == (ContextLengthError, message)
+    assert (error.limit, error.input_tokens) == (limit, input_tokens)
+    assert (error.status_code, error.retryable) == (400, False)
+    assert error.server_message == server_message
+    assert len(sent_bodies(web, CHAT_URL)) == 1
+
+
+@pytest.mark.parametrize(
+    ("models", "limit"),
+    [
+        row({"status": 404, "json": {"detail": "Not Found"}}, None, id="models-hidden"),
+        row({"json": model_list("macaw", max_model_len=9)}, 9, id="model-not-listed"),
+        row({"json": model_list("macaw")}, None, id="no-limit-listed"),
+        row(
+            {"json": {"data": [{"id": "a", "max_model_len": 7}, {"id": "parrot"}]}},
+            None,
+            id="limit-of-another-model",
+        ),
+        row(
+            {"json": {"data": [{"id": "a"}, {"id": "parrot", "max_model_len": 8}]}},
+            8,
+            id="second-of-two-models",
+        ),
+    ],
+)
+def test_the_limit_of_a_text_that_leaves_it_out(web, models, limit):
+    web.get(MODELS_URL, **models)
+    message = "max_tokens must be at least 1, got -462."
+    web.post(CHAT_URL, status=400, json=error_payload(message))
+    error = caught(web_client().chat, "hello")
+    assert (type(error), error.limit) == (ContextLengthError, limit)
+    assert error.input_tokens == (None if limit is None else limit + 462)
+
+
+@pytest.mark.parametrize("name", ["max_tokens", "max_completion_tokens"])
+@pytest.mark.parametrize("value", [5000, "5000"])
+def test_max_tokens_that_do_not_fit_are_lowered(web, caplog, name, value):
+    message = "max_tokens=5000 cannot be greater than max_model_len=2048."
+    web.post(CHAT_URL, status=400, json=error_payload(message))
+    web.post(CHAT_URL, json={"choices": [{"message": {"content": "Hi"}}]})
+    params = {name: value, "temperature": 0}
+    assert web_client().chat("Once", **params).text == "Hi"
+    first, second = sent_bodies(web)
+    assert (first[name], second) == (value, first | {name: 2048})
+    assert params == {name: value, "temperature": 0}
+    warning = f"max_tokens is lowered to 2048: 400 {message!r}: POST {CHAT_URL}"
+    assert caplog.record_tuples == [("vllm_provider", logging.WARNING, warning)]
+
+
+TOO_LARGE: Final = "max_tokens=9 cannot be greater than max_model_len={}."
+NINE_MORE: Final = "you requested {} output tokens and your prompt contains {} input tokens"
+
+
+@pytest.mark.parametrize(
+    ("max_tokens", "messages", "sent"),
+    [
+        row(
+            5000,
+            [TOO_LARGE.format(2048), f"{M_2048}{NINE_MORE.format(2048, 410)}, for a total of x."],
+            [5000, 2048, 1638],
+            id="limit-first-and-the-prompts-length-then",
+        ),
+        row(
+            4000,
+            ["maximum context length is -1952 tokens. However, your request has 5 input tokens."],
+            [4000, 2043],
+            id="completions-of-0.11-print-m-less-max-tokens",
+        ),
+        row(
+            5000,
+            [TOO_LARGE.format(n) for n in (2048, 1024, 512, 256)],
+            [5000, 2048, 1024],
+            id="at-most-twice",
+        ),
+        row(9, [TOO_LARGE.format(2048)], [9], id="never-raised"),
+        row(10, [f"{M_2048}{NINE_MORE.format(10, 2048)}."], [10], id="the-prompt-fills-it"),
+    ],
+)
+def test_what_is_sent_when_max_tokens_do_not_fit(web, caplog, max_tokens, messages, sent):
+    for message in messages:
+        web.post(COMPLETIONS_URL, status=400, json=error_payload(message))
+    if len(sent) == len(messages) + 1:
+        web.post(COMPLETIONS_URL, json=text_event("Hi"))
+        assert web_client().complete("Once", max_tokens=max_tokens).text == "Hi"
+    else:
+        error = caught(web_client().complete, "Once", max_tokens=max_tokens)
+        assert isinstance(error, InvalidRequestError | ContextLengthError)
+    assert [body["max_tokens"] for body in sent_bodies(web)] == sent
+    assert len(caplog.records) == (len(sent) > 1)
+
+
+AT_LEAST_49: Final = (
+    f"{M_2048}you requested 2000 output tokens and your prompt contains at least 49 input tokens,"
+    f" for a total of at least 2049 tokens. {SHORTEN}."
+)
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "sent"),
+    [
+        row({"json": {"count": 120, "tokens": list(range(120))}}, [2000, 1928], id="counted"),
+        row({"json": {"count": 3000, "tokens": list(range(3000))}}, [2000], id="too-many"),
+        row({"status": 404, "json": {"detail": "Not Found"}}, [2000], id="nobody-can-count"),
+    ],
+)
+def test_at_least_so_many_tokens_are_counted(web, tokenizer, sent):
+    web.post(CHAT_URL, status=400, json=error_payload(AT_LEAST_49))
+    web.post(TOKENIZE_URL, **tokenizer)
+    web.post(CHAT_URL, json={"choices": [{"message": {"content": "Hi"}}]})
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    call = functools.partial(web_client().chat, "Once", max_tokens=2000, tools=tools)
+    if len(sent) == 2:
+        assert call().text == "Hi"
+    else:
+        error = caught(call)
+        assert type(error) is (ContextLengthError if "json" in tokenizer else type(error))
+    assert [body["max_tokens"] for body in sent_bodies(web, CHAT_URL)] == sent
+    messages = [{"role": "user", "content": "Once"}]
+    (counted,) = sent_bodies(web, TOKENIZE_URL)
+    assert counted == {"model": "parrot", "messages": messages, "tools": tools}
+
+
+def test_a_list_of_prompts_is_not_counted(web):
+    web.post(COMPLETIONS_URL, status=400, json=error_payload(AT_LEAST_49))
+    error = caught(web_client().complete, ["a", "b"], max_tokens=2000)
+    assert (type(error), error.limit, error.input_tokens) == (ContextLengthError, 2048, None)
+    assert len(web.calls) == 1
+
+
+@pytest.mark.parametrize("status", [500, 503])
+def test_a_fault_of_the_server_is_not_about_lengths(web, status):
+    web.post(CHAT_URL, status=status, json=error_payload(OVERFLOW_032, status))
+    assert type(caught(web_client().chat, "Once")) is ProviderUnavailableError
+
+
+# ---- Replies: recorded ------------------------------------------------------
+#
+# Bodies that vLLM 0.11.0 and 0.32.0 sent, byte for byte: the model is the parrot, or a tiny
+# gpt-oss under 0.32.0. They are the values of a JSON object, compressed; look at one with
+# python -c 'import test_vllm_provider as t; print(t.RECORDED["0.32/chat_tools"])'
+
+_RECORDED: Final = """
+c-rk<Nt5ixasDf%cNx;|Y1Y0>kW@&v7~+Li$g(e-
+iB<t9%)qawG3rLY#ZNCn^jSBBeegx$vk$)N|IiV>>L)m>fZoy5%k=sh5-
+Cjsg{sUiv$C?Xmi+Jvw+Z<oez3)>n^zxhUuDVdtDD<b{z3fs)V(H=RjG(|$~5JcCzeE!W3lB%MTu1U_EqclRUZ9|i;MAx?Kp
+=|U6JLz@H*~0TR2}aQARL^g_Q94F;84KeDq}d{k$m4KIB>K2JrZMPfagz@8ECji@U+V-aGgOFZy}cg-
+`8ZkPQmktG>>Ah3l1++}`%!ABz4KQS=q!;eFqw!-4gU_J-XqJg~i9URY1*VCvy8$@0n1bl8i1iB4?0Q=b-j-VKiev3H?%JIH
+%k@4hof$8X-|=&3s#paTAIzZ=@_0Hyh`-}W@V`UszP^ZTcM9!(LEX1#3i&?)N-6%C5~DRANcn7kO1^V;<~Su(2Pqo-
+)#`fmWvPLa9(r0C%Npm2{JXyM-VpZZxKw0bw3U<?F3J{6r%v9Fcz&`e>wlV^+u)JNi;Dy&;`HFOeJ*sMFIZ}NVT`RNa*c!D>
+t-*k$;?F~}b?||Ca$8mkHS`%IF3<|*K5mY*{g}p&Fimf7IWE5G<Q_5q;tc--^u{7FHY*V^IvD@*(u=je0>J5bpyS{R-
+sWoFwSc2$BP{7_<VzjKUZGuc~xB0{%0o&6+G7Cwt#SJKPpcIXwEMQWO)eS6juz2640c94Hb^}N=7LOrmfM|eN4g_sr2;<1#H
+aG+v8ht2n_^QDn;J_OkHVJZU9vVAwc<y!@i2FFj?e~BG58wUb&i|eXm-
+$%cU`YU&#nQ@{n#d%8L1Ysu98GOxSmHQyryc;_bKJKEF<;<X@kAutMG1*Gj}_5a8zo|9h|`IaERa>ae=3<6H5Hytet1TE_OU
+E;?~2Y_!12L{ay_;E`{5(-
+ItXt++};8SS@GWg{|)m0`zzbe2L6wa@XyEAGD@}KLPW8mAY)D#)~PiF3!6%n8luDjDE)N~UycY}8A%V=Zx%YAmf7(F=nOCRT
+g{gATfvSRKo1sSjW9Z4#As?`fjQ<b)g}>CCW6IA5|iSW*-G_kgwanKqa#h-&kmCPhtbat5>y$~29-m`0UKj-PLMP}G(gM(vE
+KASYQa;J#Idu6rzwTWs4$5WX-Y(dZTyT=KHcs*4mx<;jVx-
+)&0@E54$}a+4Upv=wSjI6=q3~9W=v_ulr_c_LSsjT)zT5nIg7NGCZ<-<NXMGQdW|uKG-Jxv{h4e&ri8dy1LhWBHpcM<(Dj;8
+W#bj7?IO%44$|FD<Js%3Lv`ZelEVnXqzQ|$j;!X~#)(N|9TTG>OH?dGwB=fqI@DU!mt!sY8h!<XAI8tI!Ji&P;b*IwSsd@=!
+ndgBT!Mfg<iFZ%)urot_r=38S6rxG)KGz!Xegy8u;K!`zs9Ny#lrGbazYZ#V=Q%=I1ZK}AyP_*(`MD>v@xpfZeJD;S?{&C4B
+zf~Dsy(w1S`~lGQVU0!8Mr7V**yR0p+kuQfCLq{)0s)3`qk-
+1H?ArL!}szaVjKLf+sZ93Ab1{tpzcTk?4$;q)t{A$BZ@{9hAGB&gE7_8^+(vMjAX2JaQySWTLc;ImJ2>*r+&?X(VN=)I!*$a
+PNxF$|!@-o9l(IxpZs7I$1ju-~E2*EvB`*pQ?+RSke;VuCp_8jY;>UW(Oh|^S-
+DMGUYnKRxuoDZX`7^)|!~e5S>b6qU{u7n=Q~|h4{^bL$Q6z056oM=o?@)b|@PxQIroAQF)pUoUh?~++r<4T7<VKX;I!{@POQ
+nm1FAL?}O~Fbz5S|wO~?eN~kuiYr@+Y3yiteR1+#%*BBmPst8ySEET1O62jQ%x#SWXNw79t8g8n`j2OWU7VwqAl=12@(UNE-
+6ckoevvDoNC?cq$40;shYC?0MH6RnXAHh@p$V>B80agB;mBtfQYtXIWD8v7L`TOj#<9f;OzrKA{*8a4J$A{?_Zfek}8n^+fI
+j5Xb!L%_#ajL^!>_F1ZB8F2$-UN;bHilpVWrPMpDrounY@tQa%Tgl}YTz#mRLtMh%OaF%k6$myB)p%-
+>!w~v<#@gqJ2e)E<gC>6>g6)A0B)~+H#8!QyfO5^q_iWWU5%AgJ;~JQg-
+RC%I#p|Zo#h?}Po*$;p~4y+sH)?136WlTJbjX>8v1IKW+jOueJaUZR&Pz`-mKz!K<li-dYIl_${1A!)1QeA2iJuQa99Y)UrK
+Hx=*p2xCBsTOM?iE(7^!@es_)kHTt?!lvj#O%{vNtuOBf167i~!<?v^bojAXhzYJ95by|sh=VE5b_%=yA)8?e>~Yw#GB1slN
+D1+4n80c?HSZ;J-6_3?`HVK-
+?2+X%2;v36Kw)rN#m4Ym~#wVGq(WZ5xty>2|M)6E7&rzWgM6Ut*jSOk+AZjFn$lNKft;KQXZV&WL;b8=y|*4#$DGa;4EkjhV
+#N_MhT?*6V;ve>sNS$0JP-uYy8X)IMlajd}#kVFu!z%Zs!f+I{*m81z6$}NNIX7^U0E@moQsy;@#mr&-
+$k;&BoJs)0VA?8HdiWn>n_cv1rW8|t>Uu!<n=c~|!Ghtw0GeoT$3~W`+!1sa?&J`zEXvTqr{e=lHX*t8AwAk|;20fq=u>yLY
+cFI^LB<GSjB8XGT(PBeB#(``(8!e|;Vct+W!=;CJg9xICA&vx+FSXmyt|}L+Pf>AdoHDv>m6OQbtIl)bMd>ZK6GRdjagrp4g
+GphS5T2%fwfJZ*+#0rf6T7|45N~I5>#f?Rp-
+u)cNzPirz%ayAiyHmHaOVk1bB#e*J}1b9L2F);?WIC|Zk1~n0(|*I@&x6zT3pZiORF59HT<2uEk1r~BD~w3zw&%2z(MPM5Xp
+Vkb1)p)q;y5X<Ff6^;hEc4zX;|2E(bTj^}<*W9zlX^4`qYF(6!M&I)?^@jb9@e#bSp(vr+!WeU8$+AC9H;^Bi0SI~=(7><+Y
+VeN{c%g&O*ATp#_SB%l=lvX2va`jy47mk59SILpNBG-
+e40zjnVHIvDB`G_W2lH2TVK%z#Q;=<P!mKlsfV_d#@?Zs70HzC+;g<ZoSagQ|(onE0RDq^frn*?c+KHKX~62Q<S3+9elg%m%
+9C15Fq~ffF=l1qEJK>lU<GY2&kkxtf%_LZB_-_ku!Sd6tSiM_t>$cQ>9_jN9lp5AZnjsjGo!GJ708qOfE1U4hCtqW_R$u2ES
+L=xl=C=fghgmmH%9@M{gqdQZb*ROYi#J^H%*@EV!V+vvNz=XNOlK=iY~_{~G5pZ(ij{^Wj(lH3hY5BiaNmko-
+!e)L^ld;|S5SxpL`Cj~lcKLy?BO!5mYC23Q*+vt~|bkIO+5p*gDp25A1e$@s04%WgYLog!Va8$K|di!5x>58Pm&V@3A#C{bR
+X7xMNUp|K<`pnlqQDAug`5w`l+ot(q?O|(a52i2Eo*hE*WQ&KA_i|=8>XIn*$=g?R#bL(z<odQ4_T96HO_f8BLts2|U;uj8J
+$G-5?2T)oduZdDwDB&Pd1Jd-Vpodu`wv&Xy{jA0c<=&X0)5p&SKT~@C!bwKdGg->9-)2px&JY^_r<@-
+TsH~A%s^JYRFDk3`fye12NWv(qpOb}?-
+p1?6>saZ73!=y@s!)<mq0=lejJ<KQ$OXLO?@y~SYEPmIDgx7Nhf+AO26rLAIn3*d0zR6S?~Q9W!0GA5%q35<lt>bXvXg(3PA
+-PQgpd~z&N<RQ*?%+{^d1R*eE7VYK`PLj%<Wk%2^b-#5kgHEiawvdY7{mJcmyCvT_-rNNT$SH+~!Z5zqm6QS^tC=Tj4bndbv
+%`|(2u<|~!!J6qkG%)OoeB=xRpG3=GCjLPTzd)v$Y)mEn!ZeRUPVCBA_51%HuW`j-
+ys`+~ATbOX%l`6vMGpY5obDA@XagsV>alGB>b-~X+mEQQ2)-e<2h5j@Ia69fDXm7D?h_CFQ*IxK-
+e9eSOA|93dk`9tw&!23v@xy4d<e-
+vyr8%AOZuZsVuv=uHLep)JqK6C3&$cu<UpKu{yxlqZ(VH^3u<GzUymRsLcaN^<XYp*Pv+9j&oUhlKFy@bbSeSCAO1<Rl%QhY
+KIOpkWW$^r=p;H2C-iYk^K;Ox-zW=L=PnPvVWcE8<=8Fp!{6RAHoi6(a$jEoH%(pL<@rxSc4trX^Vf?fhr<ck0-
+ZSK#D&LnX@2@VDZ+<C!A19;T!P&n%(P-
+C8LRuR|`<5?bkD^e|<lHkc6P#<22<^C%>Qp1c<M8dFv+L<tCIV}xC>2~L$?0U%^NBhzOH7oISXgu1?0HAXns?kN`tCC99XpC
+HPCkmhZiYZZtd0|=E!UC?Mw?jr831+QIK#=ZzW-SI$+CWs^nNGHefv@wzo^cB*w|Xb_$e{I(S##PnT)t`;L>Zy^f_I2dS2jf
+l7O$lZY%7<?6HAv+njqh4R%{$hng;X>S;1R**^QR!ETM9YLYreHM7R5$Y^#(`5@0yaY^Ij><zod$9Yle%*Myr4!g$3*&e&YB
+)k1&yX+;oILAzra&QptPISrhCF`2|*h;ZHZLC&~a?2y8MH<D6cg&sILAw)46T7f3aL{D1$K6P<yTq}_-
+bkR%WFx_PiEkq(6!Vi*NwgrM*-UT_Kpl8}@nl*5_EH%?MEc&-
+Wq$u@dQX`5{iowSS?1f9%J@Z@_`~j`Xc#{w#y8tS5}7E{%1FvZWa9LUwve0*`1_h{o*V#oCptZS$sBaYL7!nS^H*}MF=@0e(
+pGcD4M~l2xS2Gb0Z<3_C{C93e;T+;WgR_aeS2?v_EG_8Un=7l)!z^6NH>h17UMtu@TVXD?N2}c@ZUfF@Lxav@IMy{!XJLPOv
+eBBFaPm>|Nh6z<Q@I>&wu>OU;q4{f4CI(k8}6K!P#GR_XDfRaHN*q{lGuT4GZ=8@y5}HRB#tXj2S|(Q|YPiSNNstcJrV38`V
+*4d+1yA;JQ!#UUgLDiGBam{qIcpnNLaqVD#>5Hzmv%9?x@-
+Zut1i;vwt3{(3r*%~T>8?eCYsj5EayHa?CLy)R1SByJHRTLg3XSHR!!8>^P2OA^)WwaIWF#dHgk4J31|5Lz|EB&R}YQriL{<
+-b_BjA$9tGAjJ=|N7?U8w{Y=u_G8!lwx4YU}ZF)Zj9iSP;Fc99C__J6b#_Y1Sdjr!^w07TrP6>vsyYB(^P21g(RFaL&Xf3Vk
+Lju)jCI7IHNwtA8B)Gu-0G&pfW~h00OuOF<!!pe2zO(J!Qnee+7{e8|?$x)73Hx`oW-Dub!m*H>m4KRoO~B_S^bOtsrf!K(i
+(}F;{6tyIwn`^0}ut6I#N+OUzs~t5Ddk)_EH+l^AQ0O{%FO+Axd-
+Q)J!*(8|DI<GX(erH8P5wV?q}QhU;+V4O0&I|J}+y=xc%iWyaUZ3FP-
+7tfh(5QtEW8jckK?U8eca<%nfv7csFix0HKU<ulW3Drcgu%~ne;tg~Fv<wpl9w-
+NcwmTJguG)1qK!K&z!0D`&t<!+zgm3~wDN~qA#&)RU&sMw65GSb=oEt&?Afi|C7u>j7Qlv118n74)^h}ePzM^PlZ%gmM4=Sr
+T-dRI)4A2D(u(xzdGo!(tQ=c|-szOnt!#}Adi-
+I7i&j=|Ej6GV+jHYb$u(n;T>l<`hRVSrkik8{1Uue+1H(yV+U|KUFwZ>F)&E?!6?8Ow^N3(jg-
+$5JmWWxlc#*#trhB~E!;Q|H?K384k-`3f*y823AL_wGG38i2N0Vy)Ew9b_%yu68dqQ9-
+{2;kYk%urIMlwtFLvKrREt(T30S&0PeM2Q9`MDxX}R&u;`&Fe`U!*~dD13z|wue5=%{k(MvX_A5o;b27=IG}35@#GWRL{<;#
+J8Nj30hn{w-~r<t2Uw*LP~+@4;OnH-WRIvCNNQ><36(;_*z2c};CCqXOr<N)*g+ffWQV{*O)mhgk{o;>0d50btZ_8=1;gl-g
+w{=vYO5~k1*KD%!^8x{sJK~O`$}kb+1Pr@0#1VpBNOL@W4Vd4{B+5z4Q#L064V){+;YbB$koPTt4h~X2htW`DWs56g1J#_3v
+F0FD32U;s<H5P7wq^Pnd^+pE2js0Zhws_v-
+0yuj=^)|49l7+^H%AXPwP04sR>yxOOG5T=FPRD+nffP%l0{)IXeRVN~6@Dyc9}Fwq2&|aQ<=IWalW{!m^N}es}5Twh+q^`@|
++0!*|vrMhdiLrx=ylo8opHDAJPUov;{}QmP2}GML9K!FWqG<}XlVpZz(uPZ>zgr?346c#WM;k6W+aA1b2qG#$9Geu7&*%-
+SNn1<n8r6AT_yu8h~u>9H!ncCBIl1wJhipjzB0tXkKEw_(JPjKORbV-
+B;u)@bS{ji$s1PMLuLxO&PB6I=;!>P;AADlY*3k(Bze8!MPXw?>iD5cJRz-
+WVbjA3ay#(ikXb7)&e~7h|FWu>qRE{s^D)M_w+#RY;Y8XXS}<R9(!}8V!xp<8j^K9RT?--NH=`JXHgJ5a$dy1pZ(y2wpI_Jz
++!+G~LvpI7Mga0}#yo=r0&IhA_&@?`O-
+*qh6L7kx+wwS)gM6rd}AKOnWMPJtvg#ej2ZvB~sd%1F>jd$MTSzmAXFV+tkSgV0#_Lcpet^{RZU9aE&IUl~_H=!0AGzH4>ew
+w!YHx>Mu{GFnFQHS|z9|<RPg-O_g4MJc*L28WI<^W+jayg(~S>R_#Lf-mKbsK<n(odXU~VW9vDMt>vkXXEywY%N}sbH8E*y8
+BG!`k1)de6Q6yzrk^-co;n-
+0TsPO<1avBhytRV{k10HCgT@pZgU7JFr$J<lNcCZZ$dpaBMFYqbAaOqICJiF9i1doJ!!xVSh@KrTEB4*iq+BD*Qm$>9ac$Ro
+WT$+-Y*2J+;(?l4M-5G=j8jaK^cebfHu1pL++Bia&H|lbfu9-
+m?ChvN$dos1_L*N}A<NcS@CD6!p9v;M63d8jCom`Mgw{mrg2u9?>Vw4liREq_nq3{y^ubj&TJ<!FD8aGf*hslD*x8y7bynLe
+3HQ62HRY799S?0)E%|*-+OPc!N|`YR(>+E?o0X_@vm0L4HS4G}k({L_ij_&NOOF;F^C2N*%c*}k-
+3?Q`a#~Zm@;8VeiWuTZAo<d9651{E=$^g0*EsTY+1)Q8#C|af|7=`1j%gC<C;{UfOL4pj!y04dCgbF?ac{dJu6_hLK=|PJ(p
+kfak<STcVa%VGOna$No?9ioT!E~X$FmOQN)K@jhj4$((`P58yQBGFI}R>6;I2P6s|wG`<|jv>Z(se|{ch->-
+2@G+=L3zt@*8Ia#x3;rA&VdU=9&9|YTx@XJ@jbbA#iK*w=TIs6r<0=VCLZcSECwQ=#A|T-
+B(b{=d(8f{@f;2yT2%@Y6X$l$1-X;R?vWM;=kb-Fsf&-
+W>6gQie{KahvXKG*+q5yq6x!jhGR5l83mqKiy3IEH0fDEPl|aGG4=-
+wdU=5&x4>#AbQHf9{T0Prx6!Y<(6t@vmpq`<y@k@?9X<^URMy#^hGf#z6et@i!K98AY7l6BmUF)wtn|Kr+smKaZ&8xF0rI@N
+ciEt5qkp#DECKmuz~tZtmByhxOYL`g@eMfaNiD78m8>zDe4fnwjq9hNKplUx!3uIg`$Cmh122v2arlVB+5UG0DkJ({KfPqe;
+Qtad6B=mw4exzaTAuKY&3Z5e@!wex9DHL?)|-fJr0?!s>|8Pc4S<@v*<%LSym3ABHY*-
+L&dB!O&&zwP6Ui`kAz?yA8}uaqt8AtuWkx%~i#h%9gl(iA)0M1HkO}g0dv6>34}$-
+bEgnk1%Q0}&olxjcFp|v{hanK=o3<GC-LqnvDu*72gJ8&ddGEUC?ro91aV>NYZCsN!p5cD#vk~*Y%tp*l)v<#2H{P<?l`2Qj
+q#z1qZf<XT2z|Kn6kXk*tH*3G0Ked>g|51J?4Lw=^1fYFGVsqI2lxK@H<{}u!Bl6U8~#O*m4EeRlEsDB4}vn_Ves|U#|5@g#
+rGV`Gp#LUI`o=q7@Bg?`~p|_#t&q(_XkfoVpAVX8Pxh%ZvM6h{!{dR>>!o*ujF~<6K1{lUrbdEf6m-
+yJTu0H*a8pBfvz8L4o>V8k)f!6c^yTH;v`jET1ur6wS;%3>sii2@FzOuOK`yNv!2H@wcUXmzYShWc?nF>A5NZ6`S3H(2hR56
+hYrj&DxY??x;L47JO2r|o32v~tE*;4<@5f%?PdRJt81BWU;RyB<-
+VT}pC&kFgH8nM_<HKwa2Td0_ldvNIjO%3$VjD?QL#*&GR7q*d>7EJZ~0m8T5U_xlp1DY$%si}@yxZ_>s+PXs?EX~(n*ffFO?
+yban7}!r%F1flTo!dQJZBmKhh*h+BnR4|5RM(gF$64-sT<Jd2lv?Z?j&<_scbIz}Aj|an?AIMn@5IFSr8^tJ(EJm^Ack_C-b
+IHO0}VavS!kf;MAozVlZo?DhJ@vw#6r*+VZLi1uZIu%@q&CKO|E610<AD!IcH91DKK{<CtNjVP8vd6azTpBik3Np=3Ip;l%&
+Zxn6|=nj*p`%_f7j~5EtPV#kAzxYbe4U$!tVXK;LuOwVNTARvAY&Esj>n@?D%A_RrXQ7v^t<B6vqka&D7u%A|+dN8{vsgKpz
+9*5|Dtd(#f0-U`7ReglF@5MrmUaTiK0i55P0U1km`GNA2<zuTvhDR_R@-
+&m{lu;&TD+q3(YnsZm)%8ApW91UQTM5aoq}|S#gbkw8IBW4Et66vso1iYi;L*x)-vb|Ho?*<6XAF-
+y}Z6tF9fA`)4LBEmtMbbvyJ*T-
+$&n;=hU~?2_swTc!WvhKzCyvzsQpkml8%kQP2*Wn*J<6I7FKI^8jN1DeKP!hyACoKMNq*mkGj}^EQ926_<iJ<s`QF%vTl8MH
+G8lRoH#<@S`Gnw|h5vTR(WG@u#P*&3YZY;?S4Hsn#m7f@wiyOt(58LBcKAFHqy19RLG}sK3QsE9o!2!<4yex%C0C+S*!^oRr
+~eK}M*+#9+lZO!L{Xjw79zAYX7+Otq;Ziesu36@+0?Bf=FY#p<f?XVcTH@As0Hxo!NZ0ww*<I4&4z<hF|=Wg%k}#Y9ppBqjj
+u;+ZnnOY+oL`s}f?nNl~)YWG4#XmnS7D8VT=R4So2Ja$Hm|IfM0b%%%0_Ol{V?dQ$QsLGS=4_tpql20(X4#(gR7~*KkwhEdO
+LC!pAx~mA~616|@%0og8O`RayMJL6w>$s@dM|6_llMGLO{D0_%Jud
+"""
+RECORDED: Final[dict[str, str]] = json.loads(
+    zlib.decompress(base64.b85decode("".join(_RECORDED.split())))
+)
+PARIS: Final = '{"city": "Paris"}'
+ROME: Final = '{"city": "Rome"}'
+CUT_CALL: Final = '\n\n<tool_call>\n{"name": "get_weather", "'
+COUNTED: Final = " there was a small model that could count"
+
+
+def weather(arguments: str, call_id: str = "call_1") -> ToolCall:
+    return ToolCall(call_id, "get_weather", arguments)
+
+
+def without_ids(choice: Choice) -> Choice:
+    """Return the choice with the same id for each tool call, and without log probabilities."""
+    calls = tuple(weather(call.arguments) for call in choice.tool_calls)
+    return changed(choice, tool_calls=calls, logprobs=(), prompt_logprobs=())
+
+
+def recorded(name: str) -> tuple[Completion, list[Delta]]:
+    """Return what a recorded reply becomes, and the deltas of a stream."""
+    raw = RECORDED[name]
+    if not raw.startswith("data:"):
+        is_chat = "chat.completion" in raw
+        return (parse_chat_response if is_chat else parse_completion_response)(json.loads(raw)), []
+    with responses.RequestsMock() as mock:
+        mock.post(COMPLETIONS_URL, body=raw.encode(), content_type="text/event-stream")
+        stream = web_client().stream_complete("Once")
+        deltas = list(stream)
+    return stream.completion, deltas
+
+
+FOUR: Final = {"text": "\n\n2 + 2 = 4", "reasoning": "\nTwo plus two equals four.\n"}
+JAPANESE: Final = {"text": "\n\nこんにちは、世界 🌸🚀", "reasoning": "\nUse hiragana.\n"}
+TWO_CALLS: Final = {
+    "reasoning": "\nTwo calls.\n",
+    "tool_calls": (weather(PARIS), weather(ROME)),
+    "finish_reason": "tool_calls",
+}
+NEED: Final = "\nI need the tool.\n"
+NEED_OSS: Final = "I need the tool."
+OSS_CALL: Final = {"finish_reason": "tool_calls", "stop_reason": 200012}
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "tokens", "deltas"),
+    [
+        row("0.11/chat", FOUR, (14, 18), 0, id="0.11-chat"),
+        row("0.32/chat", FOUR, (14, 18, 0, 8), 0, id="0.32-chat"),
+        row("0.11/chat_stream", FOUR, (14, 18), 16, id="0.11-chat-stream"),
+        row("0.32/chat_stream", FOUR, (14, 18, 0, 8), 16, id="0.32-chat-stream"),
+        row("0.32/chat_unicode_stream", JAPANESE, (13, 14, 0, 5), 12, id="beyond-ascii"),
+        row("0.11/chat_tools", {**TWO_CALLS, "text": "\n\n"}, (30, 53), 0, id="0.11-tools"),
+        row("0.32/chat_tools", TWO_CALLS, (30, 53, 0, 5), 0, id="0.32-tools"),
+        row(
+            "0.11/chat_tools_stream",
+            {**TWO_CALLS, "text": "\n\n\n", "tool_calls": (weather(PARIS), weather(ROME + "\n"))},
+            (30, 53),
+            17,
+            id="0.11-tools-with-text-between",
+        ),
+        row(
+            "0.32/chat_tools_stream",
+            {**TWO_CALLS, "text": "\n\n"},
+            (30, 53, 0, 5),
+            22,
+            id="0.32-tools-stream",
+        ),
+        *(
+            row(
+                f"{version}/chat_tools_cut",
+                {"text": CUT_CALL, "reasoning": NEED, "finish_reason": "length"},
+                usage,
+                0,
+                id=f"{version}-a-call-that-was-cut-stays-text",
+            )
+            for version, usage in (("0.11", (28, 22)), ("0.32", (28, 22, 0, 7)))
+        ),
+        row(
+            "0.11/chat_tools_cut_stream",
+            {
+                "text": "\n\n",
+                "reasoning": f"<think>{NEED}",
+                "tool_calls": (weather(""),),
+                "finish_reason": "tool_calls",
+            },
+            (28, 22),
+            10,
+            id="0.11-a-cut-call-says-tool-calls",
+        ),
+        row(
+            "0.32/chat_tools_cut_stream",
+            {
+                "text": "\n\n",
+                "reasoning": NEED,
+                "tool_calls": (weather(""),),
+                "finish_reason": "length",
+            },
+            (28, 22, 0, 7),
+            11,
+            id="0.32-a-cut-call-says-length",
+        ),
+        row(
+            "0.32/chat_tools_named",
+            {"reasoning": NEED, "tool_calls": (weather(PARIS),)},
+            (28, 31, 0, 7),
+            0,
+            id="0.32-a-named-tool-finishes-with-stop",
+        ),
+        row("0.11/completion", {"text": " Paris."}, (5, 3), 0, id="0.11-completion"),
+        row("0.32/completion", {"text": " Paris."}, (5, 3, 0, None), 0, id="0.32-completion"),
+        row(
+            "0.11/completion_stream",
+            {"text": " Paris.", "prompt_token_ids": (366, 643, 590, 637, 298)},
+            (5, 3),
+            3,
+            id="0.11-stream",
+        ),
+        row("0.32/completion_stream", {"text": " Paris."}, (5, 3, 0, None), 3, id="0.32-stream"),
+        row(
+            "0.11/completion_length_stream",
+            {
+                "text": COUNTED,
+                "finish_reason": "length",
+                "prompt_token_ids": (538, 592, 312, 635),
+            },
+            (4, 8),
+            8,
+            id="0.11-cut-by-its-length",
+        ),
+        row(
+            "0.32/completion_length_stream",
+            {"text": COUNTED, "finish_reason": "length"},
+            (4, 8, 0, None),
+            8,
+            id="0.32-cut-by-its-length",
+        ),
+        row(
+            "0.11/completion_stop",
+            {"text": f"{COUNTED}: 1 2 3 4 5 6", "stop_reason": " 7"},
+            (4, 16),
+            0,
+            id="0.11-a-stop-string-matched",
+        ),
+        row(
+            "gpt-oss/chat_two_2_header_in_role_stream",
+            {
+                "reasoning": "Now Rome.",
+                "tool_calls": (weather('{"city":"Rome"}'),),
+                **OSS_CALL,
+            },
+            (171, 25, None, 8),
+            10,
+            id="gpt-oss-call",
+        ),
+        row(
+            "gpt-oss/chat_broken_tool",
+            {"reasoning": "Broken.", "tool_calls": (weather('{"city": "Par'),), **OSS_CALL},
+            (121, 26, None, 7),
+            0,
+            id="gpt-oss-a-broken-call-is-kept-as-written",
+        ),
+        row(
+            "gpt-oss/chat_tool_cut",
+            {
+                "reasoning": NEED_OSS,
+                "tool_calls": (weather('{"'),),
+                "finish_reason": "tool_calls",
+            },
+            (123, 24, None, 6),
+            0,
+            id="gpt-oss-a-cut-call",
+        ),
+        row(
+            "gpt-oss/chat_tool_cut_stream",
+            {"reasoning": NEED_OSS, "tool_calls": (weather('{"'),), "finish_reason": "length"},
+            (123, 24, None, 6),
+            7,
+            id="gpt-oss-the-last-piece-comes-with-the-finish-reason",
+        ),
+        row(
+            "gpt-oss/chat_tools_no_tool_parser",
+            {"reasoning": NEED_OSS, "stop_reason": 200012},
+            (123, 29, None, 10),
+            0,
+            id="gpt-oss-a-call-dropped-without-a-tool-parser",
+        ),
+        row(
+            "gpt-oss/plain_0_stream",
+            {"text": " Paris.", "stop_reason": 199999},
+            (5, 3, None, None),
+            3,
+            id="gpt-oss-a-stop-token-matched",
+        ),
+    ],
+)
+def test_recorded_reply(name, fields, tokens, deltas):
+    completion, found_deltas = recorded(name)
+    (choice,) = completion.choices
+    assert without_ids(choice) == Choice(**{"finish_reason": "stop", **fields})
+    prompt, output, *details = tokens
+    assert completion.usage == Usage(prompt, output, prompt + output, *details)
+    assert completion.id.startswith(("cmpl-", "chatcmpl-"))
+    assert completion.model == ("openai/gpt-oss-20b" if name.startswith("gpt") else MODEL)
+
+    assert len(found_deltas) == deltas
+    if deltas == 0:
+        assert completion.payload == json.loads(RECORDED[name])
+        return
+    assert "choices" not in completion.payload
+    assert "".join(texts_of(found_deltas)) == choice.text
+    assert "".join(delta.reasoning for delta in found_deltas) == choice.reasoning
+    assert sum((delta.logprobs for delta in found_deltas), ()) == choice.logprobs
+    assert found_deltas[-1].finish_reason == choice.finish_reason
+    arguments: dict[str, str] = {}
+    for call in itertools.chain.from_iterable(delta.tool_calls for delta in found_deltas):
+        assert call.name == "get_weather"
+        arguments[call.id] = arguments.get(call.id, "") + call.arguments
+    assert arguments == {call.id: call.arguments for call in choice.tool_calls}
+
+
+@pytest.mark.parametrize("version", ["0.11", "0.32"])
+def test_recorded_choices(version):
+    completion, _deltas = recorded(f"{version}/completion_list_n")
+    choices = [(one.index, one.text, one.finish_reason) for one in completion.choices]
+    texts = [" Paris.", " Paris.", " 4", " 4"]
+    assert choices == [(index, text, "stop") for index, text in enumerate(texts)]
+
+
+def shown(tokens: Iterable[TokenLogprob | None]) -> list[Any]:
+    """Return tokens with their log probabilities and alternatives, to two digits."""
+    rows: list[Any] = []
+    for token in tokens:
+        if token is None:
+            rows.append(None)
+            continue
+        top = [(other.token, round(other.logprob, 2)) for other in token.top]
+        rows.append((token.token, token.logprob and round(token.logprob, 2), top))
+    return rows
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        row(
+            "0.32/completion_logprobs",
+            [
+                (" Paris", -0.0, [(" Paris", -0.0), (" 3", -11.8)]),
+                (".", -0.0, [(".", -0.0), ("<|im_end|>", -11.91)]),
+                ("<|im_end|>", -0.0, [("<|im_end|>", -0.0), (".", -11.69)]),
+            ],
+            id="completion-covers-the-end",
+        ),
+        row(
+            "0.11/completion_stream",
+            [(text, -0.0, [(text, -0.0)]) for text in (" Paris", ".", "<|im_end|>")],
+            id="completion-stream",
+        ),
+        row(
+            "0.32/completion_echo_logprobs",
+            [
+                ("The", None, []),
+                (" capital", -8.63, [(" is", -0.43), (" capital", -8.63)]),
+                (" of", -14.06, [(" France", -0.0), (" of", -14.06)]),
+                *((text, -0.0, [(text, -0.0)]) for text in (" France", " is", " Paris", ".")),
+                ("<|im_end|>", -0.0, [("<|im_end|>", -0.0)]),
+            ],
+            id="echo-likeliest-alternative-first",
+        ),
+    ],
+)
+def test_recorded_logprobs(name, expected):
+    assert shown(recorded(name)[0].logprobs) == expected
+
+
+def test_recorded_logprobs_of_chat_cover_the_markup_and_have_bytes():
+    completion, _deltas = recorded("0.32/chat_logprobs")
+    tokens = [token.token for token in completion.logprobs]
+    assert (tokens[0], tokens[-1], len(tokens)) == ("<think>", "<|im_end|>", 19)
+    for token in completion.logprobs:
+        assert token.bytes == token.token.encode()
+        assert token.top[0] == changed(token, top=())
+        assert len(token.top) == 2
+
+
+def test_recorded_logprobs_of_a_prompt():
+    (choice,) = recorded("0.32/completion_echo_logprobs")[0].choices
+    tokens = choice.prompt_logprobs
+    assert shown(tokens) == [
+        None,
+        (" capital", -8.63, [(" is", -0.43), (" capital", -8.63)]),
+        (" of", -14.06, [(" France", -0.0), (" of", -14.06)]),
+        (" France", -0.0, [(" France", -0.0)]),
+        (" is", -0.0, [(" is", -0.0)]),
+    ]
+    assert [(one.token_id, one.rank) for one in tokens[1:]] == [
+        *[(643, 194), (590, 432), (637, 1), (298, 1)]
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "status", "kind", "shown_message"),
+    [
+        row("0.11/error_engine_dead", 500, ProviderUnavailableError, "500 'EngineCore", id="dead"),
+        row("0.11/error_logprobs", 400, InvalidRequestError, "400 'Requested", id="logprobs"),
+        row("0.32/error_logprobs", 400, InvalidRequestError, "400 'Requested", id="logprobs-0.32"),
+        row("0.11/error_logprobs_stream", 200, InvalidRequestError, "400 'Requested", id="event"),
+        row("0.32/error_logprobs_stream", 200, InvalidRequestError, "400 'Req", id="event-0.32"),
+        row("0.11/error_model", 404, NotFoundError, "model not found: 'nope'; the", id="model"),
+        row("0.32/error_model", 404, NotFoundError, "model not found: 'nope'; the", id="model-32"),
+        row("0.32/error_path", 404, NotFoundError, "404 'Not Found': ", id="path"),
+        row("0.11/error_temperature", 400, InvalidRequestError, "400 'temperature", id="value"),
+        row("0.32/error_temperature", 400, InvalidRequestError, "400 'temperature", id="value-32"),
+        row("0.11/error_validation", 400, InvalidRequestError, "400 ", id="validation"),
+        row("0.32/error_validation", 400, InvalidRequestError, "400 ", id="validation-32"),
+        *(
+            row(name, 400, ContextLengthError, "the prompt does not fit: ", id=name)
+            for name in RECORDED
+            if name.endswith(("error_overflow_chat", "0.32/error_overflow_completion"))
+        ),
+    ],
+)
+def test_recorded_error(web, name, status, kind, shown_message):
+    web.get(MODELS_URL, json=json.loads(RECORDED[f"{name[:4]}/models"]))
+    content_type = "text/event-stream" if status == 200 else "application/json"
+    web.post(CHAT_URL, status=status, body=RECORDED[name], content_type=content_type)
+    error = caught(list, web_client(default_model="nope").stream_chat("hello"))
+    assert (type(error), error.status_code) == (kind, 400 if status == 200 else status)
+    assert str(error).startswith(shown_message)
+    if kind is ContextLengthError:
+        assert error.limit == 2048
+        assert error.input_tokens > 2048
+
+
+# ---- Replies: whole ---------------------------------------------------------
+
+
+def choice_from(**fields: Any) -> Choice:
+    """Return what a choice with these fields becomes."""
+    return parse_completion_response({"choices": [fields]}).choices[0]
+
+
+def test_choices_are_put_in_order():
+    payload = {"choices": [{"index": n, "text": str(n)} for n in (3, 1, 0, 2)]}
+    assert texts_of(parse_completion_response(payload).choices) == ["0", "1", "2", "3"]
+
+
+@pytest.mark.parametrize(
+    ("payload", "text"),
+    [
+        row({"choices": [{"text": "a"}]}, "a", id="a-gateway-drops-all-else"),
+        row({"choices": [{"text": None, "index": None}]}, "", id="nulls"),
+        row({"error": None, "choices": [{"text": "a"}]}, "a", id="error-null-is-no-error"),
+        row({"choices": [{"text": "a"}], "usage": {}}, "a", id="empty-usage"),
+        row({"choices": [{"text": "a", "new": {"x": 1}}], "other": 1}, "a", id="unknown-fields"),
+        row({"id": None, "model": None, "choices": [{"text": "a"}]}, "a", id="no-name"),
+    ],
+)
+def test_a_reply_with_little_in_it(payload, text):
+    expected = Completion(choices=(Choice(text=text),), payload=payload)
+    assert parse_completion_response(payload) == expected
+    chat = payload | {"choices": [{"message": {"content": text or None}}]}
+    assert parse_chat_response(chat) == changed(expected, payload=chat)
+
+
+def test_reasoning_has_two_names_with_one_value():
+    message = {"content": "4", "reasoning": "Sum.", "reasoning_content": "Sum."}  # 0.12 to 0.15
+    reply = parse_chat_response({"choices": [{"message": message}]})
+    assert (reply.text, reply.reasoning) == ("4", "Sum.")
+
+
+@pytest.mark.parametrize(
+    ("usage", "expected"),
+    [
+        row({"prompt_tokens": 5, "completion_tokens": 3}, Usage(5, 3, 8), id="no-total"),
+        row({"prompt_tokens": 5, "total_tokens": 5}, Usage(5, 0, 5), id="no-output"),
+        row(
+            {
+                "prompt_tokens": 5,
+                "completion_tokens": 3,
+                "prompt_tokens_details": {"cached_tokens": 4},
+                "completion_tokens_details": {"reasoning_tokens": 2},
+            },
+            Usage(5, 3, 8, 4, 2),
+            id="details",
+        ),
+        row({}, None, id="empty"),
+        row(None, None, id="null"),
+    ],
+)
+def test_usage(web, usage, expected):
+    payload = text_event("a", finish_reason="stop") | {"usage": usage}
+    assert parse_completion_response(payload).usage == expected
+    body = f"data: {json.dumps(payload)}\n\n{DONE}"
+    web.post(COMPLETIONS_URL, body=body, content_type="text/event-stream")
+    stream = web_client().stream_complete("Once")  # with usage on every chunk
+    assert list(stream) == [Delta(text="a", finish_reason="stop")]
+    assert stream.completion.usage == expected
+
+
+@pytest.mark.parametrize("parse", [parse_completion_response, parse_chat_response])
+@pytest.mark.parametrize(
+    "payload",
+    [
+        row(None, id="null"),
+        row([], id="list"),
+        row("ok", id="string"),
+        row({}, id="nothing"),
+        row({"choices": []}, id="no-choices"),
+        row({"choices": None}, id="choices-null"),
+        row({"detail": "Not Found"}, id="only-a-detail"),
+        row({"choices": 5}, id="choices-are-a-number"),
+        row({"choices": ["a"]}, id="choice-is-text"),
+        row({"choices": [None]}, id="choice-is-null"),
+        row(text_event(5), id="text-is-a-number"),
+        row({"choices": [{"message": {"content": [{"type": "text"}]}}]}, id="content-in-parts"),
+        row({"choices": [{"text": "a", "index": [1]}]}, id="index-is-a-list"),
+        row({"choices": [{"text": "a", "index": "x"}, {"text": "b"}]}, id="index-is-text"),
+        row({"choices": [{"text": "a"}], "usage": [1]}, id="usage-is-a-list"),
+        row(text_event("a", logprobs={"tokens": ["a"]}), id="lists-are-missing"),
+        row(text_event("a", logprobs={"tokens": ["a"], "token_logprobs": []}), id="too-short"),
+        row(text_event("a", logprobs={"content": [{"logprob": 1}]}), id="token-is-missing"),
+        row({"choices": [{"message": {"tool_calls": ["f"]}}]}, id="call-is-text"),
+        row(
+            {"choices": [{"message": {"tool_calls": [{"function": {"arguments": [1]}}]}}]},
+            id="arguments-are-a-list",
+        ),
+        row(text_event("a", prompt_logprobs=[{"x": {"logprob": -1}}]), id="id-is-no-number"),
+        row(text_event("a", prompt_logprobs=[{"1": {}}]), id="logprob-of-the-prompt-is-missing"),
+        row(
+            text_event("a", prompt_logprobs=[None, {"1": {"logprob": 1}}], prompt_token_ids=[1]),
+            id="more-logprobs-than-ids",
+        ),
+    ],
+)
+def test_not_what_vllm_sends(parse, payload):
+    assert type(caught(parse, payload)) is ProtocolError
+
+
+# ---- Replies: log probabilities ---------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("sent", "logprob", "probability"),
+    [
+        row(-0.5, -0.5, math.exp(-0.5), id="number"),
+        row(0, 0, 1.0, id="certain"),
+        row(-9999.0, -math.inf, 0.0, id="minus-infinity-of-the-server"),
+        row(-9998.0, -9998.0, 0.0, id="just-above-it"),
+        row(-math.inf, -math.inf, 0.0, id="minus-infinity-itself"),
+        row(None, None, None, id="null-for-the-first-of-an-echo"),
+        row(math.nan, None, None, id="nan"),
+    ],
+)
+def test_logprob(sent, logprob, probability):
+    lists = {"tokens": ["a"], "token_logprobs": [sent], "top_logprobs": [{"a": sent}]}
+    entry = {"token": "a", "logprob": sent, "bytes": None}
+    content = [entry | {"top_logprobs": [entry]}]
+    for logprobs in (lists, {"content": content}):
+        (token,) = choice_from(text="a", logprobs=logprobs).logprobs
+        assert token == TokenLogprob("a", logprob, top=(TokenLogprob("a", logprob),))
+        assert (token.probability, token.top[0].probability) == (probability, probability)
+
+
+@pytest.mark.parametrize(
+    ("logprobs", "expected"),
+    [
+        row(None, (), id="null"),
+        row({"content": None}, (), id="content-null"),
+        row({"content": []}, (), id="content-empty"),
+        row({"tokens": [], "token_logprobs": [], "top_logprobs": []}, (), id="lists-empty"),
+        *(
+            row(
+                {"tokens": ["a"], "token_logprobs": [-1.0], "top_logprobs": top},
+                (TokenLogprob("a", -1.0),),
+                id=f"alternatives-{top}",
+            )
+            for top in (None, [None], [{}])
+        ),
+        row(
+            {"tokens": ["token_id:639"], "token_logprobs": [-1.0]},
+            (TokenLogprob("token_id:639", -1.0, token_id=639),),
+            id="a-token-that-is-spelled-as-its-id",
+        ),
+        row(
+            {"content": [{"token": "token_id:x", "logprob": -1.0}]},
+            (TokenLogprob("token_id:x", -1.0),),
+            id="a-token-that-only-begins-like-an-id",
+        ),
+    ],
+)
+def test_shapes_of_logprobs(logprobs, expected):
+    assert choice_from(text="a", logprobs=logprobs).logprobs == expected
+
+
+@pytest.mark.parametrize(
+    ("ids", "prompt_ids", "expected"),
+    [
+        row([1, 2], None, [1, 2], id="of-the-answer"),
+        row([2], [1], [1, 2], id="of-an-echo"),
+        row(None, None, [None, None], id="not-requested"),
+        row([1, 2, 3], None, [None, None], id="of-other-tokens"),
+        row([], None, [None, None], id="empty"),
+    ],
+)
+def test_ids_of_tokens(ids, prompt_ids, expected):
+    logprobs = {"tokens": ["a", "b"], "token_logprobs": [-1.0, -2.0]}
+    choice = choice_from(text="ab", logprobs=logprobs, token_ids=ids, prompt_token_ids=prompt_ids)
+    assert [token.token_id for token in choice.logprobs] == expected
+    assert choice.token_ids == tuple(ids or ())
+    assert choice.prompt_token_ids == tuple(prompt_ids or ())
+
+
+MANY: Final = {" b": -2.0, " a": -0.5, " d": -9999.0, " c": -3.0}
+LIKELIEST: Final = [(" a", -0.5), (" b", -2.0), (" c", -3.0), (" d", -math.inf)]
+
+
+@pytest.mark.parametrize(
+    ("params", "count"),
+    [
+        row({"logprobs": 3}, 3, id="at-most-n-where-the-server-adds-the-sampled-one"),
+        row({"logprobs": 1}, 1, id="1"),
+        row({"logprobs": 0}, 0, id="0-is-the-sampled-token-alone"),
+        row({"logprobs": -1}, 4, id="all"),
+        row({"logprobs": 20}, 4, id="no-more-than-there-are"),
+        row({"logprobs": 0, "logprob_token_ids": [5, 6]}, 4, id="those-asked-for-by-id-on-top"),
+    ],
+)
+@pytest.mark.parametrize("is_chat", [row(False, id="completions"), row(True, id="chat")])
+def test_alternatives_are_likeliest_first_and_at_most_n(web, is_chat, params, count):
+    lists = {"tokens": [" d"], "token_logprobs": [-9999.0], "top_logprobs": [MANY]}
+    top = [{"token": token, "logprob": value} for token, value in MANY.items()]
+    content = [{"token": " d", "logprob": -9999.0, "top_logprobs": top}]
+    choice = {"text": " d", "logprobs": lists}
+    if is_chat:
+        choice = {"message": {"content": " d"}, "logprobs": {"content": content}}
+    web.post(re.compile(".*"), json={"choices": [choice]})
+    client = web_client()
+    (token,) = (client.chat if is_chat else client.complete)("Once", **params).logprobs
+    assert [(other.token, other.logprob) for other in token.top] == LIKELIEST[:count]
+    assert (token.token, token.logprob) == (" d", -math.inf)
+
+
+def prompt_entry(*ids: int, logprob: float = -1.0, rank: int | None = 1) -> dict[str, Any]:
+    return {str(one): {"logprob": logprob * one, "rank": rank} for one in ids}
+
+
+@pytest.mark.parametrize(
+    ("entry", "ids", "own", "top"),
+    [
+        row(prompt_entry(3, 9), None, 3, [3, 9], id="the-first-is-the-prompts-own"),
+        row(prompt_entry(3, 9), [9], 9, [3, 9], id="or-the-one-with-its-id"),
+        row(prompt_entry(9, 3, 5, rank=None), None, 9, [3, 5, 9], id="likeliest-first"),
+    ],
+)
+def test_logprobs_of_a_prompt(entry, ids, own, top):
+    choice = choice_from(text="a", prompt_logprobs=[entry], prompt_token_ids=ids)
+    (token,) = choice.prompt_logprobs
+    assert (token.token_id, token.logprob, token.token) == (own, -own, "")
+    assert [other.token_id for other in token.top] == top
+
+
+def test_alternatives_in_a_prompt_are_at_most_n(web):
+    entries = [None, prompt_entry(1, 2, 3), prompt_entry(9, 8)]
+    web.post(COMPLETIONS_URL, json=text_event("a", prompt_logprobs=entries))
+    choice = web_client().complete("Once", prompt_logprobs=1).choices[0]
+    assert [one.token_id for one in choice.prompt_logprobs[1:]] == [1, 9]
+    assert [[other.token_id for other in one.top] for one in choice.prompt_logprobs[1:]] == [
+        *[[1], [8]]
+    ]
+
+
+def test_chat_has_the_prompt_at_the_top():
+    prompt = {"prompt_logprobs": [None, prompt_entry(3)], "prompt_token_ids": [1, 3]}
+    choices = [{"message": {"content": "a"}}, {"index": 1, "message": {}}]
+    for choice in parse_chat_response({"choices": choices, **prompt}).choices:
+        assert [one and one.token_id for one in choice.prompt_logprobs] == [None, 3]
+        assert choice.prompt_token_ids == (1, 3)
+
+
+# ---- Replies: streams -------------------------------------------------------
+
+
+def stream_of(web: responses.RequestsMock, *choices: dict[str, Any], **fields: Any) -> Stream:
+    """Return a stream whose events have these choices."""
+    events = [{"choices": [{"index": 0, **choice}], **fields} for choice in choices]
+    body = "".join(f"data: {json.dumps(event)}\n\n" for event in events)
+    web.post(CHAT_URL, body=body + DONE, content_type="text/event-stream")
+    return web_client().stream_chat("Once")
+
+
+def test_deltas_of_two_choices_in_turn(web):
+    stream = stream_of(
+        web,
+        {"delta": {"role": "assistant", "content": ""}},
+        {"index": 1, "delta": {"content": "b"}},
+        {"delta": {"content": "a", "reasoning": "r"}, "token_ids": [5]},
+        {"index": 1, "delta": {}, "finish_reason": "length", "stop_reason": None},
+        {"delta": {"content": "c"}, "finish_reason": "stop", "stop_reason": "x"},
+    )
+    assert list(stream) == [
+        Delta(1, "b"),
+        Delta(0, "a", "r", token_ids=(5,)),
+        Delta(1, finish_reason="length"),
+        Delta(0, "c", finish_reason="stop", stop_reason="x"),
+    ]
+    assert stream.completion.choices == (
+        Choice(0, "ac", "r", token_ids=(5,), finish_reason="stop", stop_reason="x"),
+        Choice(1, "b", finish_reason="length"),
+    )
+
+
+def piece(index: int | None, call_id: str = "", name: str = "", arguments: Any = None) -> Any:
+    """Return a piece of a tool call, without what it does not have."""
+    function = {} if arguments is None else {"arguments": arguments}
+    function |= {"name": name} if name else {}
+    ids = {"id": call_id} if call_id else {}
+    return {**ids, **({} if index is None else {"index": index}), "function": function}
+
+
+@pytest.mark.parametrize(
+    ("pieces", "calls"),
+    [
+        row([[piece(0, "a", "f"), piece(1, "b", "g")]], ["a f ", "b g "], id="two-in-one-delta"),
+        row(
+            [[piece(0, "a", "f", "{")], [piece(0, "b", "f", "[")], [piece(0, arguments="]")]],
+            ["a f {", "b f []"],
+            id="another-id-at-the-same-index-is-another-call",
+        ),
+        row(
+            [[piece(0, "a", "f", "{")], [piece(0, "", "f", "}")], [piece(0, "a", "", " ")]],
+            ["a f {} "],
+            id="an-empty-id-and-a-repeated-name-go-on",
+        ),
+        row(
+            [
+                [piece(None, "a", "f")],
+                [piece(None, arguments="{}")],
+                [piece(None, "b", "g", "[]")],
+            ],
+            ["a f {}", "b g []"],
+            id="no-index",
+        ),
+        row(
+            [
+                [piece(1, "b", "g")],
+                [piece(0, "a", "f")],
+                [piece(1, arguments="1"), piece(0, arguments="0")],
+            ],
+            ["b g 1", "a f 0"],
+            id="pieces-by-turns-in-the-order-they-began",
+        ),
+        row(
+            [[{"index": 0, "id": "a", "function": None}], [piece(0, "", "f")]],
+            ["a f "],
+            id="function-null",
+        ),
+    ],
+)
+def test_calls_in_pieces(web, pieces, calls):
+    deltas = [{"delta": {"tool_calls": one}} for one in pieces]
+    stream = stream_of(web, *deltas, {"delta": {}, "finish_reason": "tool_calls"})
+    joined: dict[str, str] = {}
+    for call in itertools.chain.from_iterable(delta.tool_calls for delta in stream):
+        joined[call.id] = joined.get(call.id, "") + call.arguments
+    found = stream.completion.tool_calls
+    assert [f"{call.id} {call.name} {call.arguments}" for call in found] == calls
+    assert joined == {call.id: call.arguments for call in found}
+
+
+@pytest.mark.parametrize(
+    ("function", "arguments"),
+    [
+        row({"name": "f", "arguments": {"a": 1}}, '{"a": 1}', id="object-in-place-of-text"),
+        row({"name": "f", "arguments": {}}, "{}", id="empty-object"),
+        row({"name": "f", "arguments": None}, "", id="null"),
+        row({"name": "f"}, "", id="missing"),
+    ],
+)
+def test_arguments_of_a_gateway(function, arguments):
+    message = {"tool_calls": [{"function": function}] * 2}  # without id and index, by their places
+    reply = parse_chat_response({"choices": [{"message": message}]})
+    assert reply.tool_calls == (ToolCall("", "f", arguments),) * 2
+
+
+@pytest.mark.parametrize(
+    ("events", "message"),
+    [
+        row(
+            ["[DONE]"], "the stream ended without any output: {}; look at the server's log", id="0"
+        ),
+        row(
+            [{"choices": [], "usage": {"prompt_tokens": 1}}, "[DONE]"],
+            "the stream ended without any output: {}; look at the server's log",
+            id="usage-alone",
+        ),
+        row(
+            [text_event("a")],
+            "the stream ended without [DONE]: {}; was the server or a proxy stopped?",
+            id="output-without-done",
+        ),
+        row(
+            [],
+            "the stream ended without [DONE]: {}; was the server or a proxy stopped?",
+            id="nothing",
+        ),
+    ],
+)
+def test_a_stream_that_is_not_whole(server, connect, events, message):
+    server.script(sse(*events, done=False))
+    error = caught(list, connect(server).stream_complete("x"))
+    where = f"POST {server.url}/v1/completions"
+    assert (type(error), str(error)) == (StreamError, message.format(where))
+    assert error.partial.text == ("a" if text_event("a") in events else "")
+
+
+def test_a_stream_may_end_with_a_reason_and_no_text(server, connect):
+    server.script(sse(text_event("", finish_reason="stop")))
+    assert list(connect(server).stream_complete("x")) == [Delta(finish_reason="stop")]
+
+
+def test_an_error_inside_a_stream_is_raised_with_what_came_before(server, connect):
+    server.script(sse(text_event("a"), text_event("b"), error_payload("late", 500)))
+    stream = connect(server).stream_complete("x")
+    assert texts_of(next(stream) for _ in range(2)) == ["a", "b"]
+    error = caught(next, stream)
+    assert (type(error), error.status_code) == (ProviderUnavailableError, 500)
+    assert error.partial.text == "ab"
+    assert len(server.requests) == 1
+
+
+def test_an_error_of_ours_inside_a_stream_is_never_its_end(server, connect, monkeypatch):
+    def feed(_self: _SSEDecoder, _raw: bytes) -> list[str]:
+        raise ValueError("broken")
+
+    monkeypatch.setattr(_SSEDecoder, "feed", feed)
+    server.script(sse(text_event("a")))
+    with pytest.raises(ValueError, match="broken"):
+        connect(server).complete("x")
+
+
+# ---- Values: replies --------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "value"),
+    [
+        row(PARIS, {"city": "Paris"}, id="as-usual"),
+        row("{}", {}, id="empty"),
+        row(ROME + "\n", {"city": "Rome"}, id="0.11-streams-a-line-break-after-it"),
+        row('{"a": {"b": [1, null]}}', {"a": {"b": [1, None]}}, id="nested"),
+    ],
+)
+def test_good_arguments(arguments, value):
+    assert weather(arguments).parsed() == value
+
+
+@pytest.mark.parametrize(
+    ("arguments", "quoted"),
+    [
+        row("", "''", id="none"),
+        row('{"city": "Par', '\'{"city": "Par\'', id="cut"),
+        row("[1]", "'[1]'", id="list"),
+        row("null", "'null'", id="null"),
+        row('{"a": 1} {"b": 2}', '\'{"a": 1} {"b": 2}\'', id="two-objects"),
+        row("city: Paris", "'city: Paris'", id="yaml"),
+        row('{"a": NaN}', "'{\"a\": NaN}'", id="nan-is-not-json"),
+        row("[" * 100_000, repr("[" * 200 + "…"), id="nested-beyond-reason"),
+        row('{"a": "' + "x" * 500, repr('{"a": "' + "x" * 193 + "…"), id="long"),
+    ],
+)
+def test_bad_arguments(arguments, quoted):
+    error = caught(weather(arguments).parsed)
+    assert type(error) is InvalidToolCallError
+    assert str(error) == (
+        "the model called 'get_weather' with arguments that are not a JSON object:"
+        f" {quoted}; was it cut by max_tokens?"
+    )
+    attributes = (error.tool_name, error.raw_arguments, error.retryable)
+    assert attributes == ("get_weather", arguments, False)
+
+
+@pytest.mark.parametrize(
+    ("text", "model", "value"),
+    [
+        row(PARIS, None, {"city": "Paris"}, id="no-class"),
+        row(" [1, null]\n", None, [1, None], id="any-json"),
+        row(PARIS, dict, {"city": "Paris"}, id="keywords-of-a-class"),
+    ],
+)
+def test_json_of_a_text(text, model, value):
+    assert Completion(choices=(Choice(text=text),)).json(model) == value
+
+
+def test_json_of_a_text_in_a_class_that_validates():
+    assert Completion(choices=(Choice(text=PARIS),)).json(Town).city == "Paris"
+
+
+@pytest.mark.parametrize(
+    ("text", "finish_reason", "model", "message"),
+    [
+        row("Paris", "stop", None, "JSON: 'Paris'; ask for it with response_format", id="text"),
+        row(
+            "[1", "length", None, "JSON: '[1'; finish_reason is 'length': raise max_tokens", id="1"
+        ),
+        row("[NaN]", "stop", None, "JSON: '[NaN]'; ask for it with response_format", id="nan"),
+        row("[" * 9**5, "stop", None, f"JSON: '{'[' * 200}…'; ask for it with res", id="nested"),
+        row("{}", "stop", Town, "a Town: '{}'; ask for it with response_format", id="other-class"),
+        row("[1]", "stop", Town, "a Town: '[1]'; ask for it with response_format", id="no-object"),
+    ],
+)
+def test_a_text_that_is_not_the_json_asked_for(text, finish_reason, model, message):
+    reply = Completion(request_id="r", choices=(Choice(text=text, finish_reason=finish_reason),))
+    error = caught(reply.json, model)
+    assert type(error) is InvalidOutputError
+    assert str(error).startswith(f"the text is not {message}")
+    assert (error.partial, error.request_id, error.retryable) == (reply, "r", False)
+
+
+def test_a_completion_as_a_dict_that_json_can_hold():
+    top = (TokenLogprob("é", -math.inf, "é".encode(), 7, 1),)
+    choice = Choice(
+        text="a",
+        tool_calls=(weather("{}"),),
+        logprobs=(TokenLogprob("a", None, top=top),),
+        prompt_logprobs=(None,),
+    )
+    reply = Completion("c", "r", "m", (choice,), Usage(1, 2, 3), payload={"x": [-math.inf]})
+    found = reply.to_dict()
+    assert json.loads(json.dumps(found, allow_nan=False)) == found
+    assert found.keys() == {spec.name for spec in dataclasses.fields(Completion)}
+    (shown_choice,) = found["choices"]
+    assert shown_choice["tool_calls"][0]["name"] == "get_weather"
+    assert shown_choice["prompt_logprobs"] == [None]
+    (token,) = shown_choice["logprobs"]
+    assert (token["token"], token["logprob"]) == ("a", None)
+    assert token["top"] == [
+        {"token": "é", "logprob": -9999.0, "bytes": [195, 169], "token_id": 7, "rank": 1, "top": []}
+    ]
+    assert (found["usage"]["output_tokens"], found["payload"]) == (2, {"x": [-9999.0]})
+
+
+def wire_call(call_id: str, arguments: str) -> dict[str, Any]:
+    function = {"name": "get_weather", "arguments": arguments}
+    return {"id": call_id, "type": "function", "function": function}
+
+
+@pytest.mark.parametrize(
+    ("choice", "fields"),
+    [
+        row(Choice(text="Hi"), {"content": "Hi"}, id="text"),
+        row(Choice(), {"content": ""}, id="content-is-never-null"),
+        row(Choice(text="4", reasoning="5"), {"content": "4", "reasoning": "5"}, id="reasoning"),
+        row(
+            Choice(tool_calls=(weather('{"ci'), weather(ROME, "call_2"))),
+            {
+                "content": "",
+                "tool_calls": [wire_call("call_1", '{"ci'), wire_call("call_2", ROME)],
+            },
+            id="calls-as-the-model-wrote-them",
+        ),
+    ],
+)
+def test_message_for_the_next_turn(choice, fields):
+    message = {"role": "assistant", **fields}
+    assert Completion(choices=(choice, Choice(1, "other"))).to_message() == message
+    assert build_chat_request(VLLMConfig(WEB), [message]) == {"messages": [message]}
+
+
+def test_what_a_completion_says_of_its_first_choice():
+    first = Choice(
+        text="a",
+        reasoning="r",
+        tool_calls=(weather("{}"),),
+        logprobs=(TokenLogprob("a", -1.0),),
+        finish_reason="stop",
+    )
+    names = ("text", "reasoning", "tool_calls", "logprobs", "finish_reason")
+    full, empty = Completion(choices=(first, Choice(1))), Completion()
+    assert [getattr(full, name) for name in names] == [getattr(first, name) for name in names]
+    assert [getattr(empty, name) for name in names] == ["", "", (), (), None]
+    assert empty.to_message() == {"role": "assistant", "content": ""}
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        TokenLogprob("a", -1.0, b"a", 5, 1, (TokenLogprob("b", None),)),
+        weather(PARIS),
+        Usage(1, 2, 3),
+        Delta(1, "a", token_ids=(5,)),
+        Choice(1, "a", logprobs=(TokenLogprob("a", -1.0),)),
+        Completion("id", choices=(Choice(text="a"),), payload={"x": 1}),
+        ModelCard(MODEL, 2048),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_values_are_frozen_and_pickled(value):
+    assert pickle_copy(value) == value
+    names = value._fields if isinstance(value, tuple) else value.__dataclass_fields__
+    for name in names:
+        with pytest.raises(AttributeError):
+            setattr(value, name, None)
+
+
+# ---- Replies: reasoning out of plain text -----------------------------------
+
+THINK_CASES: Final = [
+    row(False, "<think>Hm.</think>4", "4", "Hm.", id="as-usual"),
+    row(False, "<think>\nHm.\n</think>\n\n4", "\n\n4", "\nHm.\n", id="line-breaks-are-kept"),
+    row(False, "4", "4", "", id="no-tag"),
+    row(False, "", "", "", id="nothing"),
+    row(False, "<think>Hm", "", "Hm", id="unterminated-is-all-reasoning"),
+    row(False, "<think>", "", "", id="tag-alone"),
+    row(False, "<think></think>", "", "", id="empty"),
+    row(False, "<think></think>4", "4", "", id="no-thought"),
+    row(False, "<thin", "<thin", "", id="half-a-tag-is-text"),
+    row(False, "<thinking>a</thinking>", "<thinking>a</thinking>", "", id="another-tag"),
+    row(False, "< think>", "< think>", "", id="blank-in-the-tag"),
+    row(False, "<<think>a</think>", "<<think>a</think>", "", id="not-at-the-start"),
+    row(False, "say <think>a</think>", "say <think>a</think>", "", id="mention"),
+    row(False, "a</think>b", "a</think>b", "", id="only-its-end"),
+    row(False, "\n<think>a</think>b", "b", "a", id="line-break-before"),
+    row(False, "\n\n<think>a</think>b", "b", "a", id="two-before"),
+    row(False, "\n\n4", "\n\n4", "", id="line-breaks-of-an-answer-are-kept"),
+    row(False, "          4", "          4", "", id="indent-of-an-answer-is-kept"),
+    row(False, "<think>a</thin", "", "a</thin", id="half-an-end"),
+    row(False, "<think>a</thin k></think>b", "b", "a</thin k>", id="what-only-looks-like-an-end"),
+    row(False, "<think>a<</think>b", "b", "a<", id="two-brackets"),
+    row(False, "<think>a</</think>b", "b", "a</", id="an-end-that-begins-anew"),
+    row(False, "<think>1 < 2</think>b", "b", "1 < 2", id="less-than"),
+    row(False, "<think>a</think><think>b</think>", "<think>b</think>", "a", id="only-the-first"),
+    row(False, "<think>a<think>b</think>c", "c", "a<think>b", id="one-inside"),
+    row(False, "<think>世界🌸</think>é\u2028", "é\u2028", "世界🌸", id="beyond-ascii"),
+    row(True, "Hm.\n</think>\n\n4", "\n\n4", "Hm.\n", id="opened-by-the-prompt"),
+    row(True, "Hm", "", "Hm", id="opened-and-unterminated"),
+    row(True, "", "", "", id="opened-and-nothing"),
+    row(True, "</think>4", "4", "", id="opened-and-closed-at-once"),
+    row(True, "a</think>b</think>c", "b</think>c", "a", id="opened-the-first-end-counts"),
+    row(True, "a</", "", "a</", id="opened-half-an-end"),
+    row(True, "<think>a</think>b", "b", "a", id="opened-twice-as-a-server-drops-it"),
+    row(True, "<thin", "", "<thin", id="opened-and-half-a-tag"),
+]
+
+
+def split_by(splitter: Any, pieces: Iterable[str]) -> tuple[str, str, list[Any]]:
+    """Return the text, the reasoning and the calls of pieces, with the end after them."""
+    parts = [*map(splitter.feed, pieces), splitter.feed("", is_last=True)]
+    texts, reasonings, calls = zip(*parts, strict=True)
+    return "".join(texts), "".join(reasonings), list(itertools.chain.from_iterable(calls))
+
+
+def every_cut(text: str) -> Iterator[list[str]]:
+    """Yield a text whole, in single characters, and at every pair of cuts."""
+    yield [text]
+    yield list(text)
+    for first, second in itertools.combinations_with_replacement(range(len(text) + 1), 2):
+        yield [text[:first], text[first:second], text[second:]]
+
+
+@pytest.mark.parametrize(("opened", "raw", "text", "reasoning"), THINK_CASES)
+def test_think(opened, raw, text, reasoning):
+    for pieces in every_cut(raw):
+        assert split_by(_ThinkSplitter(opened), pieces) == (text, reasoning, []), pieces
+    assert _ThinkSplitter(opened).feed(raw, is_last=True) == (text, reasoning, [])
+
+
+BLANKS: Final = ["", " ", "\n", "\n\n", "\n \n", "\r\n\r\n", " " * 7, " " * 9, "\n" * 40]
+
+
+@pytest.mark.parametrize("blanks", BLANKS)
+def test_blanks_before_the_tag_mean_the_same_at_every_cut(blanks):
+    raw = f"{blanks}<think>a</think>b"
+    expected = ("b", "a", []) if len(blanks) <= 2 else (raw, "", [])
+    for pieces in every_cut(raw):
+        assert split_by(_ThinkSplitter(), pieces) == expected, pieces
+
+
+@pytest.mark.parametrize("opened", [False, True])
+@pytest.mark.parametrize(
+    "raw",
+    [
+        "<think>" + "a</thin" * 9 + "</think>" + "b<" * 9,
+        " " * 30 + "<think>a",
+        "<" * 30,
+        "a" * 30,
+    ],
+)
+def test_think_holds_back_no_more_than_a_tag(opened, raw):
+    splitter, shown_chars = _ThinkSplitter(opened), 0
+    for count, character in enumerate(raw, 1):
+        text, reasoning, _calls = splitter.feed(character)
+        shown_chars += len(text) + len(reasoning)
+        tags = [tag for tag in ("<think>", "</think>") if tag in raw[:count]]
+        assert count - shown_chars <= len("</think>") + len("".join(tags))
+
+
+ANALYSIS: Final = "<|channel|>analysis<|message|>"
+FINAL: Final = "<|channel|>final<|message|>"
+NEXT: Final = "<|end|><|start|>assistant"
+TO_WEATHER: Final = "<|channel|>commentary to=functions.get_weather <|constrain|>json<|message|>"
+HARMONY_HELLO: Final = f"{ANALYSIS}Two plus two equals four.{NEXT}{FINAL}2 + 2 = 4"
+HARMONY_CALL_TEXT: Final = f'{ANALYSIS}I need the tool.{NEXT}{TO_WEATHER}{{"city":"Paris"}}'
+CALL_1: Final = [("call_1", "get_weather", '{"city":"Paris"}')]
+HARMONY_CASES: Final = [
+    # recorded beside their counterparts from the chat endpoint
+    row(HARMONY_HELLO, "2 + 2 = 4", "Two plus two equals four.", [], id="recorded-2+2"),
+    row(HARMONY_CALL_TEXT, "", "I need the tool.", CALL_1, id="recorded-tools"),
+    row(
+        f"{ANALYSIS}Now Rome.{NEXT} to=functions.get_weather<|channel|>commentary"
+        ' json<|message|>{"city":"Rome"}',
+        "",
+        "Now Rome.",
+        [("call_1", "get_weather", '{"city":"Rome"}')],
+        id="recorded-the-recipient-before-the-channel",
+    ),
+    row(
+        f"{ANALYSIS}Say it first.{NEXT}<|channel|>commentary<|message|>I will check.{NEXT}"
+        f'{TO_WEATHER}{{"city":"Paris"}}',
+        "I will check.",
+        "Say it first.",
+        CALL_1,
+        id="recorded-preamble-is-text",
+    ),
+    row(f"{FINAL}ok", "ok", "", [], id="recorded-no-analysis"),
+    row(
+        f'{ANALYSIS}JSON.{NEXT}<|channel|>final <|constrain|>json<|message|>{{"answer": 4}}',
+        '{"answer": 4}',
+        "JSON.",
+        [],
+        id="recorded-json-constrained-final",
+    ),
+    row(
+        f"{ANALYSIS}Use hiragana.{NEXT}{FINAL}こんにちは、世界 🌸🚀",
+        "こんにちは、世界 🌸🚀",
+        "Use hiragana.",
+        [],
+        id="recorded-japanese",
+    ),
+    # ends, as include_stop_str_in_output shows them
+    row(f"{FINAL}ok<|return|>", "ok", "", [], id="return"),
+    row(HARMONY_CALL_TEXT + "<|call|>", "", "I need the tool.", CALL_1, id="call"),
+    row(f"{FINAL}ok<|endoftext|>", "ok", "", [], id="endoftext"),
+    row(f"{ANALYSIS}a<|start|>assistant{FINAL}b", "b", "a", [], id="no-end"),
+    # cut by max_tokens
+    row(f"{ANALYSIS}Two plus", "", "Two plus", [], id="cut-in-the-reasoning"),
+    row("<|channel|>anal", "", "", [], id="cut-in-a-header"),
+    row(f"{ANALYSIS}a{NEXT}<|chan", "", "a", [], id="cut-in-the-next-header"),
+    row(TO_WEATHER, "", "", [("call_1", "get_weather", "")], id="cut-before-the-arguments"),
+    row(TO_WEATHER + '{"c', "", "", [("call_1", "get_weather", '{"c')], id="cut-in-the-arguments"),
+    row(f"{FINAL}a<|en", "a<|en", "", [], id="cut-in-what-might-have-been-an-end"),
+    row("", "", "", [], id="nothing"),
+    # what only looks like markup
+    row(f"{FINAL}1 <| 2 < 3 <|x|> <", "1 <| 2 < 3 <|x|> <", "", [], id="brackets-are-text"),
+    row(f"{FINAL}a<<|end|>", "a<", "", [], id="two-brackets"),
+    row(f"{FINAL}a<|e<|end|>", "a<|e", "", [], id="an-end-that-begins-anew"),
+    row(f"{FINAL}to=me <think>", "to=me <think>", "", [], id="recipient-in-a-body"),
+    row("2 + 2 = 4", "2 + 2 = 4", "", [], id="no-markup-at-all"),
+    # two calls, and none of ours
+    row(
+        "<|channel|>commentary to=functions.f<|message|>{}<|call|><|start|>assistant"
+        "<|channel|>commentary to=functions.g <|constrain|>json<|message|>[]",
+        "",
+        "",
+        [("call_1", "f", "{}"), ("call_2", "g", "[]")],
+        id="two-calls",
+    ),
+    row(
+        f"{ANALYSIS}a{NEXT}{ANALYSIS}b{NEXT}{FINAL}c{NEXT}{FINAL}d",
+        "cd",
+        "ab",
+        [],
+        id="a-channel-twice",
+    ),
+    row(f" {FINAL}\n\nok\n", "\n\nok\n", "", [], id="white-space-is-kept"),
+]
+
+
+def joined_calls(pieces: Iterable[Mapping[str, Any]]) -> list[tuple[str, ...]]:
+    """Return the id, the name and the arguments of calls in pieces, as chat streams them."""
+    calls: dict[int, list[str]] = {}
+    for part in pieces:
+        function = part["function"]
+        call = calls.setdefault(part["index"], ["", "", ""])
+        call[0] += part.get("id", "")
+        call[1] += function.get("name", "")
+        call[2] += function.get("arguments", "")
+    return [tuple(call) for _index, call in sorted(calls.items())]
+
+
+def harmony_cuts(text: str) -> Iterator[list[str]]:
+    """Yield a text whole, by characters, at every cut, and as the tokens a model writes."""
+    yield [text]
+    yield from ([text[:cut], text[cut:]] for cut in range(len(text) + 1))
+    yield re.findall(r"<\|\w+\|>|\w+|\W", text)
+    for size in range(1, 14):
+        yield [text[start : start + size] for start in range(0, len(text), size)]
+
+
+@pytest.mark.parametrize(("raw", "text", "reasoning", "calls"), HARMONY_CASES)
+def test_harmony(raw, text, reasoning, calls):
+    for pieces in harmony_cuts(raw):
+        *found, found_calls = split_by(_HarmonySplitter(), pieces)
+        assert (*found, joined_calls(found_calls)) == (text, reasoning, calls), pieces
+    *found, found_calls = _HarmonySplitter().feed(raw, is_last=True)
+    assert (*found, joined_calls(found_calls)) == (text, reasoning, calls)
+
+
+def test_harmony_shows_a_body_as_it_comes():
+    splitter = _HarmonySplitter()
+    pieces = ["<|channel|>", "analysis", "<|message|>", "Two", " plus", "<|end|>", "<|start|>"]
+    pieces += ["assistant", "<|channel|>", "final", "<|message|>", "4", ""]
+    parts = [splitter.feed(piece)[:2] for piece in pieces]
+    shown_parts = [part for part in parts if part != ("", "")]
+    assert shown_parts == [("", "Two"), ("", " plus"), ("4", "")]
+
+
+def test_harmony_holds_back_no_more_of_a_body_than_a_tag():
+    splitter, shown_chars = _HarmonySplitter(), 0
+    splitter.feed(FINAL)
+    for count, character in enumerate("a<|endoftex" * 9 + "b<" * 9, 1):
+        shown_chars += len(splitter.feed(character)[0])
+        assert count - shown_chars < len("<|endoftext|>")
+
+
+# ---- Client: generation -----------------------------------------------------
+
+
+def test_a_stream_of_completions(server, connect):
+    stream = connect(server).stream_complete(PROMPT, max_tokens=9)
+    assert stream.completion == Completion(request_id=stream.request_id)
+    deltas, texts = [], []
+    for delta in stream:
+        deltas.append(delta)
+        texts.append(stream.completion.text)
+    assert deltas == [Delta(text=" Paris"), Delta(text="."), Delta(finish_reason="stop")]
+    assert texts == [" Paris", " Paris.", " Paris."]
+
+    whole = stream.completion
+    assert whole.choices == (Choice(text=" Paris.", finish_reason="stop"),)
+    assert whole.usage == Usage(5, 3, 8, cached_tokens=0)
+    assert (whole.id, whole.model) == (f"cmpl-{whole.request_id}-1", MODEL)
+    assert 0 < whole.first_token_s <= whole.total_s < IN_TIME
+    assert whole.total_s == stream.completion.total_s
+    assert stream.attempts == 1
+    assert server.requests[0].body == {
+        "model": MODEL,
+        "prompt": PROMPT,
+        "max_tokens": 9,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+    }
+
+
+def test_a_stream_of_chat(server, connect):
+    with connect(server).stream_chat("What is 2+2?") as stream:
+        deltas = list(stream)
+    reply = stream.completion
+    assert "".join(texts_of(deltas)) == reply.text == "\n\n2 + 2 = 4"
+    assert "".join(delta.reasoning for delta in deltas) == reply.reasoning
+    assert reply.reasoning == "\nTwo plus two equals four.\n"
+    assert (reply.finish_reason, reply.usage.reasoning_tokens) == ("stop", 8)
+    assert [request.path for request in server.requests] == ["/v1/chat/completions"]
+
+
+def test_a_whole_reply(server, connect):
+    payload = {"id": "cmpl-1", "model": "m", **text_event(" Paris.", finish_reason="stop")}
+    server.script(reply(200, payload), reply(200, payload))
+    client = connect(server)
+    stream = client.stream_complete(PROMPT)  # of a gateway that cannot stream
+    assert list(stream) == [Delta(text=" Paris.", finish_reason="stop")]
+    for completion in (stream.completion, client.complete(PROMPT)):
+        assert (completion.id, completion.model, completion.text) == ("cmpl-1", "m", " Paris.")
+        assert completion.payload == payload
+        assert 0 < completion.total_s < IN_TIME
+    assert ["stream" in request.body for request in server.requests] == [True, False]
+
+
+def test_the_first_token_is_not_the_role(server, connect):
+    def step(connection: Connection) -> None:
+        connection.send(SSE_HEAD + ROLE_CHUNK)
+        connection.pause(0.1)
+        delta = {"choices": [{"index": 0, "delta": {"content": "Hi"}}]}
+        connection.send(chunk(delta) + chunk("[DONE]") + LAST_CHUNK)
+
+    server.script(step)
+    stream = connect(server).stream_chat("Hello")
+    assert list(stream) == [Delta(text="Hi")]
+    assert stream.completion.first_token_s >= 0.1
+
+
+def test_entering_a_stream_sends_the_request_and_loses_nothing(server, connect):
+    stream = connect(server).stream_complete(PROMPT)
+    assert server.requests == []
+    with stream:
+        assert len(server.requests) == 1
+        assert texts_of(stream) == [" Paris", ".", ""]
+
+
+def test_entering_a_stream_raises_what_is_wrong(server, connect):
+    with pytest.raises(InvalidRequestError, match="non-empty"), connect(server).stream_complete(""):
+        pytest.fail("entered")
 
 
 def test_memory_of_a_long_stream(server, connect):
@@ -8580,172 +7486,424 @@ def test_memory_of_a_long_stream(server, connect):
     assert kept < 8 * len(token) * count + 100_000
 
 
-def test_what_is_logged(server, connect, pauses, caplog):
+def test_what_is_logged(server, connect, caplog):
     caplog.set_level(logging.DEBUG)
-    server.script(reply(503, {"error": "busy"}))
-    client = connect(server, api_key="sekrit", default_headers={"X-Token": "hush-hush"})
-    completion = client.complete("a private prompt")
-    where, uuid = f"POST {server.url}/v1/completions", completion.request_id
+    server.script(reply(503, {"error": "busy"}), reply(401, {"error": "Unauthorized"}))
+    client = connect(server, api_key=SECRET, default_headers={"X-Key": f"{SECRET}2"})
+    error = caught(client.complete, "a private prompt")
+    where, request_id = f"POST {server.url}/v1/completions", error.request_id
     size = len(server.requests[0].raw)
-    ours = [(r.levelname, r.getMessage()) for r in caplog.records if r.name == "vllm_provider"]
+    records = [record for record in caplog.records if record.name == "vllm_provider"]
+    ours = [(record.levelname, record.getMessage()) for record in records]
     assert ours == [
-        ("DEBUG", f"{where}, {size} bytes, request {uuid}-1"),
-        ("DEBUG", f"{where}: 503, request {uuid}-1"),
-        ("WARNING", f"retry 1 of 3 in 0.5 s: 503 'busy': {where}{ADVICE_503}"),
-        ("DEBUG", f"{where}, {size} bytes, request {uuid}-2"),
-        ("DEBUG", f"{where}: 200, request {uuid}-2"),
+        ("DEBUG", f"{where}, {size} bytes, request {request_id}-1"),
+        ("DEBUG", f"{where}: 503, request {request_id}-1"),
+        ("WARNING", f"retry 1 of 3 in 0.0 s: 503 'busy': {where}; {TOO_BUSY}"),
+        ("DEBUG", f"{where}, {size} bytes, request {request_id}-2"),
+        ("DEBUG", f"{where}: 401, request {request_id}-2"),
     ]
-    for secret in ("sekrit", "hush-hush", "private prompt"):
-        assert secret not in caplog.text
+    headers = server.requests[0].headers
+    assert (headers["Authorization"], headers["X-Key"]) == (f"Bearer {SECRET}", f"{SECRET}2")
+    for secret in (SECRET, "private prompt"):
+        assert secret not in told(error) + caplog.text
 
 
-def test_importing_configures_no_logging(connect):
-    code = (
-        "import logging, vllm_provider; one = logging.getLogger('vllm_provider');"
-        "print(logging.root.handlers, logging.root.level, one.handlers, one.level, one.propagate)"
-    )
-    with _script(code) as process:
-        assert process.communicate(timeout=20)[0] == "[] 30 [] 0 True\n"
+@pytest.mark.parametrize(("api_key", "sent"), [("sekrit", "Bearer sekrit"), ("EMPTY", None)])
+@pytest.mark.parametrize("call", ["models", "version", "health"])
+def test_headers_of_every_request(server, connect, call, api_key, sent):
+    getattr(connect(server, api_key=api_key), call)()
+    headers = server.requests[0].headers
+    assert headers["Authorization"] == sent
+    assert headers["User-Agent"] == f"vllm_provider/{vllm_provider.__version__}"
+    assert headers["Accept-Encoding"] == "identity"
 
 
-# ---- Transport: the small endpoints -----------------------------------------
+# ---- Client: the model's name -----------------------------------------------
 
 
-def test_health_waits_for_a_server_that_starts(connect, pauses):
-    port = closed_port()
-    with contextlib.ExitStack() as stack:
-
-        def start() -> None:
-            if len(pauses) == 3:
-                one = stack.enter_context(StandIn(port))
-                one.script(reply(503), reply(503))
-
-        pauses.on_pause = start
-        assert connect(f"http://127.0.0.1:{port}").health(wait=60) is True
-    assert pauses == [0.5] * 5
+@pytest.fixture
+def any_answer(web: responses.RequestsMock) -> responses.RequestsMock:
+    web.post(COMPLETIONS_URL, json=text_event("a"))
+    web.post(CHAT_URL, json={"choices": [{"message": {"content": "a"}}]})
+    return web
 
 
-def test_health_does_not_wait_unasked(server, connect, pauses):
+def test_the_served_model_is_asked_for_once(any_answer):
+    any_answer.get(MODELS_URL, json=model_list("parrot", "lora"))
+    client = VLLMClient(WEB)
+    client.complete("a")
+    client.chat("a")
+    list(client.stream_chat("a"))
+    assert [call.request.method for call in any_answer.calls] == ["GET", "POST", "POST", "POST"]
+    bodies = [json.loads(call.request.body) for call in any_answer.calls if call.request.body]
+    assert {body["model"] for body in bodies} == {"parrot"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "params"),
+    [
+        row({"default_model": "mine"}, {}, id="configured"),
+        row({}, {"model": "mine"}, id="in-the-call"),
+        row({"extra_body": {"model": "mine"}}, {}, id="in-extra-body"),
+    ],
+)
+def test_a_model_that_is_named_is_not_asked_for(any_answer, settings, params):
+    VLLMClient(WEB, **settings).complete("a", **params)
+    assert [body["model"] for body in sent_bodies(any_answer)] == ["mine"]
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        row({"status": 401, "json": {"error": "Unauthorized"}}, id="401"),
+        row({"status": 403, "json": {"error": "Forbidden"}}, id="403"),
+        row({"status": 404, "json": {"detail": "Not Found"}}, id="404"),
+        row({"status": 405, "json": {"detail": "Method Not Allowed"}}, id="405"),
+        row({"status": 501, "json": {"error": "not implemented"}}, id="501"),
+        row({"status": 200, "body": "<html>", "content_type": "text/html"}, id="html"),
+        row({"json": {"data": []}}, id="no-models"),
+        row({"json": {"models": ["a"]}}, id="another-shape"),
+        row({"json": {"data": [{"name": "a"}]}}, id="cards-without-an-id"),
+    ],
+)
+def test_models_refused_then_no_model_is_sent_for_a_minute(any_answer, monkeypatch, answer):
+    any_answer.get(MODELS_URL, **answer)
+    client = VLLMClient(WEB, max_retries=0)
+    now = time.monotonic
+    assert (client.complete("a").text, client.chat("a").text) == ("a", "a")
+    monkeypatch.setattr(time, "monotonic", lambda: now() + 59)
+    client.complete("a")
+
+    any_answer.replace(responses.GET, MODELS_URL, json=model_list("parrot"))
+    monkeypatch.setattr(time, "monotonic", lambda: now() + 61)
+    client.complete("a")
+    methods = [call.request.method for call in any_answer.calls]
+    assert methods == ["GET", "POST", "POST", "POST", "GET", "POST"]
+    bodies = [json.loads(call.request.body) for call in any_answer.calls if call.request.body]
+    assert ["model" in body for body in bodies] == [False, False, False, True]
+
+
+@pytest.mark.parametrize("status", [500, 502, 503])
+def test_models_of_a_server_that_is_not_ready_are_an_error(any_answer, status):
+    any_answer.get(MODELS_URL, status=status)
+    error = caught(VLLMClient(WEB, max_retries=0).complete, "a")
+    assert type(error) is ProviderUnavailableError
+    assert str(error).startswith(f"{status} (no message): GET {MODELS_URL}")
+
+
+@pytest.mark.parametrize(
+    "message",
+    ["The model `parrot` does not exist.", "The model `parrot` does not exist. Valid aliases: a."],
+)
+@whole_and_stream
+def test_a_model_that_was_replaced_is_asked_for_once_more(web, message, is_stream):
+    web.get(MODELS_URL, json=model_list("parrot"))
+    web.get(MODELS_URL, json=model_list("macaw"))
+    web.post(COMPLETIONS_URL, status=404, json=error_payload(message, 404))
+    web.post(COMPLETIONS_URL, json=text_event("a"))
+    client = VLLMClient(WEB)
+    for _ in range(2):
+        assert texts_of(generate(client, is_stream)) == ["a"]
+    models = [body["model"] for body in sent_bodies(web, COMPLETIONS_URL)]
+    assert models == ["parrot", "macaw", "macaw"]
+    assert [call.request.url for call in web.calls].count(MODELS_URL) == 2
+
+
+@pytest.mark.parametrize(
+    ("settings", "params", "requested", "advice"),
+    [
+        row({"default_model": "nope"}, {}, "nope", "the server has parrot, macaw", id="configured"),
+        row({}, {"model": "nope"}, "nope", "the server has parrot, macaw", id="in-the-call"),
+        row({}, {}, "parrot", "the server has parrot, macaw", id="the-servers-own"),
+        row({"default_model": "nope"}, {}, "nope", "look at /v1/models", id="models-are-hidden"),
+    ],
+)
+def test_a_model_the_server_does_not_have(web, settings, params, requested, advice):
+    is_hidden = advice.startswith("look")
+    web.get(MODELS_URL, status=403 if is_hidden else 200, json=model_list("parrot", "macaw"))
+    message = f"The model `{requested}` does not exist."
+    web.post(CHAT_URL, status=404, json=error_payload(message, 404))
+    error = caught(VLLMClient(WEB, **settings).chat, "a", **params)
+    assert (type(error), error.status_code) == (NotFoundError, 404)
+    assert str(error) == f"model not found: {requested!r}; {advice}"
+    assert error.server_message == message
+    assert len(sent_bodies(web, CHAT_URL)) == 1
+
+
+def test_a_path_that_is_not_found_is_no_matter_of_models(web):
+    web.post(CHAT_URL, status=404, json={"detail": "Not Found"})
+    assert type(caught(web_client().chat, "a")) is NotFoundError
+    assert len(web.calls) == 1
+
+
+def test_detokenize_asks_for_the_models_name_once_more(web):
+    url = f"{WEB}/detokenize"
+    client = VLLMClient(WEB)
+    web.get(MODELS_URL, json=model_list("old"))
+    web.get(MODELS_URL, json=model_list("new"))
+    web.post(url, json={"prompt": "a"})
+    web.post(url, status=404, json=error_payload("The model `old` does not exist.", 404))
+    web.post(url, json={"prompt": "b"})
+    assert [client.detokenize([1]), client.detokenize([1])] == ["a", "b"]
+    assert [body["model"] for body in sent_bodies(web, url)] == ["old", "old", "new"]
+
+
+# ---- Client: other endpoints ------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        row(
+            [{"id": "a", "root": "org/a", "parent": None, "max_model_len": 8, "permission": [{}]}],
+            [ModelCard("a", 8, "org/a")],
+            id="as-vllm-sends-it",
+        ),
+        row(
+            [
+                {"id": "lora", "parent": "base", "max_model_len": None},
+                {"id": "base", "max_model_len": 8},
+                {"id": "odd", "parent": "gone"},
+            ],
+            [
+                ModelCard("lora", 8, None, "base"),
+                ModelCard("base", 8),
+                ModelCard("odd", None, None, "gone"),
+            ],
+            id="a-lora-has-the-limit-of-its-base",
+        ),
+        row([{"id": "gateway"}], [ModelCard("gateway")], id="a-gateway-knows-no-limit"),
+        row(
+            [{"id": "a", "max_input_tokens": 5, "max_output_tokens": 3}],
+            [ModelCard("a", 5, max_output_tokens=3)],
+            id="limits-of-a-proxy",
+        ),
+        row(
+            [{"id": "a", "max_model_len": 8, "max_input_tokens": 5}],
+            [ModelCard("a", 8)],
+            id="vllms-own-limit-first",
+        ),
+        row([{"id": "a", "max_model_len": "4096"}], [ModelCard("a", 4096)], id="number-as-text"),
+        *(
+            row([{"id": "a", "max_model_len": value}], [ModelCard("a")], id=f"no-limit-{value}")
+            for value in (1.5, -5, 0, True, [], "x")
+        ),
+        row([], [], id="none"),
+        row([{"id": "a"}, {"id": "a"}], [ModelCard("a"), ModelCard("a")], id="replicas"),
+    ],
+)
+def test_models(web, data, expected):
+    web.get(MODELS_URL, json={"object": "list", "data": data})
+    assert web_client().models() == expected
+
+
+@pytest.mark.parametrize(
+    "payload", [{}, {"data": None}, {"data": [{}]}, {"data": ["parrot"]}, {"data": {"id": "a"}}]
+)
+def test_models_in_another_shape(web, payload):
+    web.get(MODELS_URL, json=payload)
+    error = caught(web_client().models)
+    message = f"not the list of models vLLM sends: GET {MODELS_URL}; {ROOT_ADVICE}"
+    assert (type(error), str(error)) == (ProtocolError, message)
+
+
+def test_an_error_in_place_of_the_models_is_one(web):
+    web.get(MODELS_URL, json=error_payload("upstream is down", 503))
+    error = caught(web_client().models)
+    assert (type(error), error.status_code) == (ProviderUnavailableError, 503)
+
+
+def test_health_of_a_server(server, connect, retries):
     client = connect(server)
     assert client.health() is True
     assert (server.requests[0].method, server.requests[0].path) == ("GET", "/health")
-    server.script(reply(503))
-    assert type(error_of(client.health)) is ProviderUnavailableError
-    error = error_of(connect(f"http://127.0.0.1:{closed_port()}").health)
-    assert (type(error), pauses, len(server.requests)) == (NetworkError, [], 2)
+    server.script(reply(503), reply(404, {"detail": "Not Found"}))
+    assert type(caught(client.health)) is ProviderUnavailableError
+    with at_once():
+        assert caught(client.health, 60).status_code == 404  # it will never be vLLM
+    assert type(caught(connect(f"http://127.0.0.1:{closed_port()}").health)) is NetworkError
+    assert (retries.pauses, len(server.requests)) == ([], 3)
 
 
-def test_health_waits_no_longer_than_it_may(connect):
-    begun = time.monotonic()
-    error = error_of(connect(f"http://127.0.0.1:{closed_port()}").health, 0.7)
-    assert 0.1 < time.monotonic() - begun < IN_TIME
-    assert type(error) is NetworkError
+def test_health_waits_for_a_server_that_starts(connect, monkeypatch):
+    monkeypatch.setattr(vllm_provider, "HEALTH_POLL_S", 0.02)
+    monkeypatch.setattr(vllm_provider, "HEALTH_LOOK_S", 0.1)
+    port = closed_port()
+    caller = InThread(connect(f"http://127.0.0.1:{port}").health, wait="20")
+    time.sleep(0.1)
+    assert caller.is_running()
+    server = StandIn(port)
+    server.script(stall(), reply(503), stall())
+    with server:
+        assert caller.outcome() is True
+        assert len(server.requests) == 4
 
 
-def test_health_of_a_server_that_is_not_vllm_does_not_wait(server, connect, pauses):
-    server.script(reply(404, {"detail": "Not Found"}))
-    assert error_of(connect(server).health, 60).status_code == 404
-    assert pauses == []
+@pytest.mark.parametrize(
+    ("steps", "kind"),
+    [
+        row([reply(503), *[stall()] * 9], ProviderUnavailableError, id="the-last-real-cause"),
+        row([stall()] * 9, LLMTimeoutError, id="nothing-but-timeouts"),
+    ],
+)
+def test_health_waits_no_longer_than_it_may(server, connect, monkeypatch, steps, kind):
+    monkeypatch.setattr(vllm_provider, "HEALTH_POLL_S", 0.05)
+    monkeypatch.setattr(vllm_provider, "HEALTH_LOOK_S", 0.1)
+    server.script(*steps)
+    with at_once(IN_TIME):
+        assert type(caught(connect(server).health, 0.4)) is kind
 
 
-def test_version_is_not_retried(server, connect, pauses):
+@pytest.mark.parametrize("wait", [math.nan, "nan", -1, "soon", None, True])
+def test_health_with_a_bad_wait(web, wait):
+    error = caught(web_client().health, wait)
+    message = f"wait must be a number of seconds of at least 0, got {wait!r}"
+    assert (type(error), str(error)) == (ConfigurationError, message)
+
+
+def test_version_is_not_retried(server, connect, retries):
     client = connect(server)
-    assert client.version() == "0.32.0-standin"
-    server.script(reply(503))
-    assert type(error_of(client.version)) is ProviderUnavailableError
-    assert pauses == []
+    server.script(reply(200, {"version": "0.32.0"}), reply(503))
+    assert client.version() == "0.32.0"
+    assert type(caught(client.version)) is ProviderUnavailableError
+    assert retries.pauses == []
 
 
 def test_tokens_there_and_back(server, connect):
     client = connect(server)
-    text = "The capital of France is"
-    ids = client.tokenize(text, add_special_tokens=False)
+    ids = client.tokenize(PROMPT, add_special_tokens=False, timeout=9)
     assert len(ids) == 5
-    assert client.detokenize(ids) == text
+    assert client.detokenize(ids) == PROMPT
     assert [request.body for request in server.requests] == [
-        {"prompt": text, "add_special_tokens": False, "model": MODEL},
+        {"prompt": PROMPT, "add_special_tokens": False, "model": MODEL},
         {"model": MODEL, "tokens": ids},
     ]
     rendered = client.detokenize(client.tokenize([{"role": "user", "content": "Hi"}]))
     assert rendered == "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
 
 
-def test_models_and_their_loras(server, connect):
-    base = {
-        "id": "base",
-        "object": "model",
-        "root": "org/base",
-        "parent": None,
-        "max_model_len": 2048,
-    }
-    lora = {
-        "id": "sql",
-        "object": "model",
-        "root": "/loras/sql",
-        "parent": "base",
-        "max_model_len": None,
-    }
-    server.script(reply(200, {"object": "list", "data": [base, lora]}))
-    client = connect(server)
-    assert client.models() == [
-        ModelCard("base", 2048, "org/base"),
-        ModelCard("sql", 2048, "/loras/sql", "base"),
-    ]
-    assert client.models() == [ModelCard(MODEL, 2048, f"tiny/{MODEL}")]
+def test_a_tokenizer_of_another_server(server, connect):
+    server.script(reply(200, {"ids": [1]}))
+    error = caught(connect(server).tokenize, "x")
+    message = f"not what vLLM's tokenizer sends: POST {server.url}/tokenize"
+    assert (type(error), str(error)) == (ProtocolError, message)
 
 
 @pytest.mark.parametrize(
-    "raw",
+    ("raw", "value"),
     [
-        pytest.param(reply(200, {"data": [{"name": "m"}]}), id="no-id"),
-        pytest.param(reply(200, {"models": []}), id="no-data"),
-        pytest.param(reply(200, "<html>"), id="html"),
+        row(reply(200, {"server_load": 3}), {"server_load": 3}, id="object"),
+        row(reply(200, [1, 2]), [1, 2], id="list"),
+        row(reply(200, "Success: LoRA loaded"), "Success: LoRA loaded", id="text"),
+        row(reply(200), None, id="empty"),
+        row(reply(200, {"error": None}), {"error": None}, id="no-error"),
     ],
 )
-def test_models_of_another_server(server, connect, raw):
-    server.script(raw)
-    error = error_of(connect(server).models)
-    assert type(error) is ProtocolError
-    assert f"GET {server.url}/v1/models" in str(error)
-    assert ADVICE in str(error)
+def test_get_and_post(server, connect, raw, value):
+    server.script(raw, raw)
+    client = connect(server, default_model=None)
+    body = {"input": "é", "x": [None]}
+    assert client.get("/load") == value
+    assert client.post("/v1/embeddings", body) == value
+    first, second = server.requests
+    assert (first.method, first.path, first.raw) == ("GET", "/load", b"")
+    assert (second.method, second.path, second.body) == ("POST", "/v1/embeddings", body)
 
 
-@pytest.mark.parametrize("call", ["models", "version", "health"])
-def test_the_key_goes_with_every_question(connect, call):
-    with StandIn(api_key="sekrit") as server:
-        getattr(connect(server, api_key="sekrit"), call)()
-        assert server.requests[0].headers["Authorization"] == "Bearer sekrit"
-        assert (
-            server.requests[0].headers["User-Agent"] == f"vllm_provider/{vllm_provider.__version__}"
-        )
+@pytest.mark.parametrize(
+    ("step", "limits", "kind"),
+    [
+        row(stall(), {"timeout": LIMIT}, LLMTimeoutError, id="timeout"),
+        row(stall(), {"deadline": LIMIT}, LLMTimeoutError, id="deadline"),
+        row(reply(404, {"detail": "Not Found"}), {}, NotFoundError, id="404"),
+        row(reply(200, error_payload("no", 501)), {}, ProviderUnavailableError, id="200-error"),
+        row(reply(200, b"<html>", {"Content-Type": "text/html"}), {}, ProtocolError, id="html"),
+    ],
+)
+def test_get_and_post_have_the_limits_and_errors_of_a_generation(
+    server, connect, step, limits, kind
+):
+    client = connect(server)
+    server.script(step, step)
+    assert type(caught(client.get, "/load", **limits)) is kind
+    assert type(caught(client.post, "/score", {}, **limits)) is kind
 
 
-# ---- Transport: against a real server ---------------------------------------
+def test_get_and_post_are_retried_as_a_generation_is(server, connect, retries):
+    server.script(reply(503), reply(200, {"a": 1}))
+    assert connect(server).post("/score", {}) == {"a": 1}
+    assert len(retries.pauses) == 1
+
+
+def test_get_and_post_refuse_what_cannot_be_sent(web):
+    assert str(caught(web_client().get, "load")) == "path must begin with a slash, got 'load'"
+    assert type(caught(web_client().post, "/score", {"x": math.nan})) is ConfigurationError
+    assert len(web.calls) == 0
+
+
+# ---- Client: against a real server ------------------------------------------
+
+
+@pytest.fixture
+def live() -> Iterator[VLLMClient]:
+    """A client of the server that the environment names."""
+    with VLLMClient(VLLM_LIVE_URL) as client:
+        yield client
 
 
 @pytest.mark.live
-@pytest.mark.parametrize("stop", STOPS)
-def test_live_stop(connect, stop):
-    client = connect(VLLM_LIVE_URL, default_model=None)
-    stream = client.stream_complete(
-        "Once upon a time", max_tokens=2000, temperature=0, ignore_eos=True
-    )
-    caller = InThread(list, stream)
+@pytest.mark.parametrize("method", ["complete", "chat"])
+def test_live_logprobs_have_one_shape(live, method):
+    params = {"temperature": 0, "max_tokens": 8, "logprobs": 2, "return_token_ids": True}
+    reply = getattr(live, method)("What is 2+2?", **params)
+    ids = reply.choices[0].token_ids
+    assert len(reply.logprobs) == len(ids) == reply.usage.output_tokens > 0
+    for token, token_id in zip(reply.logprobs, ids, strict=True):
+        assert 0 < token.probability <= 1
+        assert token.token_id == token_id
+        assert token.top == tuple(sorted(token.top, key=lambda other: -other.logprob))
+        assert 1 <= len(token.top) <= 2
+
+
+@pytest.mark.live
+@pytest.mark.parametrize("method", ["complete", "chat"])
+def test_live_lengths(live, caplog, method):
+    limit = live.models()[0].max_model_len
+    error = caught(getattr(live, method), "hello " * (limit + 50), max_tokens=1)
+    assert (type(error), error.limit) == (ContextLengthError, limit)
+    assert error.input_tokens > limit
+
+    reply = getattr(live, method)("What is 2+2?", max_tokens=limit + 1, temperature=0, stop=["4"])
+    assert reply.finish_reason in ("stop", "length")
+    ours = [record.levelname for record in caplog.records if record.name == "vllm_provider"]
+    assert ours == ["WARNING"]
+
+
+@pytest.mark.live
+def test_live_errors_have_their_kind(live):
+    assert type(caught(live.chat, "Hi", temperature=-1)) is InvalidRequestError
+    assert type(caught(live.chat, "Hi", model="nope")) is NotFoundError
+    error = caught(list, live.stream_complete("Hi", logprobs=500))
+    assert str(error).endswith("; ask for fewer, or start vLLM with --max-logprobs N")
+
+
+@pytest.mark.live
+@each_stop
+def test_live_stop(live, stop):
+    params = {"max_tokens": 2000, "temperature": 0, "ignore_eos": True}
+    stream = live.stream_complete("Once upon a time", **params)
+    reader = InThread(list, stream)
     wait_until(lambda: stream.completion.text)
-    STOPS[stop](client, stream)
-    caller.outcome(1)
-    wait_until(lambda: _live_running() == 0, 1)
+    STOPS[stop](live, stream)
+    assert_stopped(reader.outcome(1), stop)
 
+    def count_running() -> float:
+        numbers = re.findall(
+            r"^vllm:num_requests_running\{.*\} (\S+)$", live.get("/metrics"), re.MULTILINE
+        )
+        return sum(map(float, numbers))
 
-def _live_running() -> float:
-    host, _, port = VLLM_LIVE_URL.removeprefix("http://").partition(":")
-    with socket.create_connection((host, int(port or 80))) as sock:
-        sock.sendall(f"GET /metrics HTTP/1.0\r\nHost: {host}\r\n\r\n".encode())
-        text = b"".join(iter(lambda: sock.recv(65536), b"")).decode()
-    return sum(
-        float(number)
-        for number in re.findall(r"^vllm:num_requests_running\{.*\} (\S+)$", text, re.MULTILINE)
-    )
+    wait_until(lambda: count_running() == 0, 1)
 
 
 # ---- Many calls: map --------------------------------------------------------
@@ -8953,7 +8111,7 @@ def test_leaving_a_map_stops_its_calls_and_no_others(server, connect, errors, ho
     del results
     assert time.monotonic() - begun < 0.9
     wait_until(lambda: server.running == 1)
-    assert reader.is_at_work()
+    assert reader.is_running()
     bystander.close()
     assert reader.outcome() == []
 
@@ -9430,7 +8588,7 @@ def test_a_server_that_comes_back(connect, tmp_path, monkeypatch):
         running = InThread(lambda: batch.run(client, concurrency=4))
         wait_until(lambda: len(first.requests) > 10)
     time.sleep(0.3)
-    assert running.is_at_work()
+    assert running.is_running()
     with StandIn(port):
         assert counts(running.outcome()) == (40, 40, 0, 0)
     assert len({one["custom_id"] for one in batch.results()}) == len(batch.results()) == 40
@@ -9488,6 +8646,22 @@ def test_a_reply_that_is_not_strict_json_is_written(server, connect, tmp_path):
     batch = Batch(tmp_path, batch_line("a", "/v1/embeddings", input="x"))
     assert counts(batch.run(connect(server))) == (1, 1, 0, 0)
     assert batch.results()[0]["response"]["body"]["data"] == [None, "\ud83d"]
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        pytest.param([1, {"usage": 2}], id="list"),
+        pytest.param(None, id="empty"),
+        pytest.param("text", id="text"),
+        pytest.param({"usage": 7}, id="usage-of-another-shape"),
+    ],
+)
+def test_a_reply_of_another_shape_is_one_result(server, connect, tmp_path, body):
+    server.script(reply(200, b"" if body is None else body), path="/anything")
+    batch = Batch(tmp_path, batch_line("a", "/anything", input="x"))
+    assert counts(batch.run(connect(server))) == (1, 1, 0, 0)
+    assert batch.results()[0]["response"]["body"] == body
 
 
 def test_an_id_table_against_a_dict():
@@ -9910,6 +9084,19 @@ def test_a_seed_makes_a_benchmark_the_same_again(server, connect):
     assert len(set(map(str, prompts[:4]))) == 3  # the first is sent twice
 
 
+def test_an_event_without_text_counts_in_a_benchmark(server, connect):
+    events = [text_event("a", token_ids=[5]), text_event("", token_ids=[6])]
+    end = text_event("", token_ids=[7], finish_reason="stop")
+    usage = {"prompt_tokens": 4, "completion_tokens": 3, "total_tokens": 7}
+    answer = sse(*events, end, {"choices": [], "usage": usage})
+    server.script(None, *[answer] * 2, path=COMPLETIONS_PATH)
+    sizes = {"num_prompts": 2, "random_input_len": 4, "random_output_len": 3}
+    result = connect(server).bench(max_concurrency=1, **sizes).to_dict()
+    # Three tokens in three events: both are the mean of two gaps.
+    assert result["mean_itl_ms"] == pytest.approx(result["mean_tpot_ms"])
+    assert server.requests[-1].body["return_token_ids"] is True
+
+
 def test_a_benchmark_sends_requests_when_they_are_due(server, connect):
     connect(server).bench(
         num_prompts=10, request_rate=50.0, burstiness=1e6, random_input_len=2, random_output_len=2
@@ -9954,34 +9141,36 @@ def bench_report(**changed):
 
 
 def test_the_table_of_a_benchmark_is_vllms():
+    rows = str(bench_report()).splitlines()
     assert (
-        str(bench_report())
+        [row.rstrip() for row in rows]
         == """\
 ============ Serving Benchmark Result ============
-Successful requests:                     1         
-Failed requests:                         0         
-Maximum request concurrency:             8         
-Request rate configured (RPS):           2.50      
-Benchmark duration (s):                  2.00      
-Total input tokens:                      64        
-Total generated tokens:                  4         
-Request throughput (req/s):              0.50      
-Output token throughput (tok/s):         2.00      
-Total token throughput (tok/s):          34.00     
+Successful requests:                     1
+Failed requests:                         0
+Maximum request concurrency:             8
+Request rate configured (RPS):           2.50
+Benchmark duration (s):                  2.00
+Total input tokens:                      64
+Total generated tokens:                  4
+Request throughput (req/s):              0.50
+Output token throughput (tok/s):         2.00
+Total token throughput (tok/s):          34.00
 ---------------Time to First Token----------------
-Mean TTFT (ms):                          12.50     
-Median TTFT (ms):                        12.50     
-P99 TTFT (ms):                           12.50     
+Mean TTFT (ms):                          12.50
+Median TTFT (ms):                        12.50
+P99 TTFT (ms):                           12.50
 -----Time per Output Token (excl. 1st token)------
-Mean TPOT (ms):                          2.00      
-Median TPOT (ms):                        2.00      
-P99 TPOT (ms):                           2.00      
+Mean TPOT (ms):                          2.00
+Median TPOT (ms):                        2.00
+P99 TPOT (ms):                           2.00
 ---------------Inter-token Latency----------------
-Mean ITL (ms):                           2.00      
-Median ITL (ms):                         2.00      
-P99 ITL (ms):                            2.00      
-=================================================="""
+Mean ITL (ms):                           2.00
+Median ITL (ms):                         2.00
+P99 ITL (ms):                            2.00
+==================================================""".splitlines()
     )
+    assert {len(row) for row in rows} == {50, 51}
 
 
 def test_the_table_leaves_out_what_has_no_limit():
@@ -10831,13 +10020,6 @@ AMP_MESSAGES = {
             },
         ],
         [AMP_USER, AMP_REPLY | {"reasoning": "A greeting."}],
-    ),
-    "another provider's reasoning": (
-        [
-            AMP_REPLY
-            | {"content": [{"type": "reasoning", "content": [{"text": "Hm."}, 1], "summary": []}]}
-        ],
-        [AMP_REPLY | {"content": "", "reasoning": "Hm."}],
     ),
     "a call as a block": ([AMP_CALLER, AMP_RESULT], [AMP_WIRE_CALLER, AMP_WIRE_RESULT]),
     **{
@@ -13109,9 +12291,6 @@ async def test_amp_model_that_was_renamed_meanwhile_is_asked_for_once_more(
         assert (await amp_hello(host)).text == AMP_HELLO
         asked.append(amp_paths(amp_server).count("/v1/models"))
     assert asked[1] == asked[2] <= 3
-    assert host.payloads("llm:response")[1]["model"] == MODEL
-    info = host.provider.get_model_info()
-    assert (info.id, info.context_window) == (MODEL, MAX_MODEL_LEN)  # not the old model's
 
 
 # ---- Amplifier: conversations on the completions endpoint -------------------
@@ -15034,3 +14213,212 @@ def test_cli_live_conversation(cli_live_url):
         screen.read("> ")
         screen.type("/quit\n")
         assert screen.code() == 0
+
+
+# ---- Module: README ---------------------------------------------------------
+
+README: Final = CLI_MODULE.with_name("README.md")
+README_URL: Final = "http://localhost:8000"
+
+
+def _readme() -> str:
+    return README.read_text(encoding="utf-8")
+
+
+def _readme_rows(section: str) -> list[list[str]]:
+    """Return the cells of the rows that begin with a name, in the tables of a section."""
+    text = _readme().split(f"\n## {section}\n")[1].split("\n## ")[0]
+    lines = [line for line in text.splitlines() if re.match(r"\| (· )*`", line)]
+    return [[cell.strip() for cell in line[1:-1].split(" | ")] for line in lines]
+
+
+def _in_quotes(cell: str) -> list[str]:
+    return re.findall(r"`([^`]+)`", cell)
+
+
+def _readme_settings() -> dict[str, tuple[str, str]]:
+    """Return the default and the meaning of each setting; one default may be that of a row."""
+    settings = {}
+    for names, default, meaning in _readme_rows("Settings") + _readme_rows("Amplifier"):
+        keys = _in_quotes(names)
+        defaults = _in_quotes(default) or [default]
+        if len(defaults) == 1:
+            defaults *= len(keys)
+        settings |= {key: (value, meaning) for key, value in zip(keys, defaults, strict=True)}
+    return settings
+
+
+def _shown_default(spec: Any) -> str:
+    if spec.name == "base_url":
+        return "required"
+    value = {} if spec.default is dataclasses.MISSING else spec.default
+    if isinstance(value, float):
+        return f"{value:g}"
+    return json.dumps(value) if isinstance(value, str) else str(value)
+
+
+def test_readme_has_each_setting_with_its_default_and_environment_variable():
+    shown = _readme_settings()
+    assert {key: default for key, (default, _) in shown.items()} == {
+        spec.name: _shown_default(spec) for spec in fields(VLLMConfig)
+    }
+    named = {key: re.findall(r"env `(\w+)`", meaning) for key, (_, meaning) in shown.items()}
+    for spec in fields(VLLMConfig):
+        env = spec.metadata.get("env")
+        assert not env or env in named[spec.name]
+    assert all(meaning for _, meaning in shown.values())
+
+
+def _readme_error_parents() -> dict[str, list[str]]:
+    """Return the parents of each error: the row above with one dot less, and those in brackets."""
+    path = ["Exception"]
+    parents = {}
+    for cell, when, what_to_do in _readme_rows("Errors"):
+        depth = cell.count("· ") + 1
+        name, *others = _in_quotes(cell)
+        parents[name] = [path[depth - 1], *others]
+        path[depth:] = [name]
+        assert when
+        assert what_to_do
+    return parents
+
+
+def test_readme_has_each_error_under_its_parents():
+    public = [getattr(vllm_provider, name) for name in vllm_provider.__all__]
+    errors = [one for one in public if isinstance(one, type) and issubclass(one, VLLMError)]
+    assert _readme_error_parents() == {
+        error.__name__: [parent.__name__ for parent in error.__bases__] for error in errors
+    }
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        pytest.param("pip install requests && python test_vllm_provider.py ", id="first"),
+        pytest.param("pip install -e '.[test]' && python test_vllm_provider.py ", id="demo"),
+        pytest.param("pip install -e '.[test]' && pytest ", id="tests"),
+    ],
+)
+def test_readme_has_the_set_up_commands(command):
+    assert f"\n{command}" in _readme()
+
+
+def test_readme_has_each_public_name_and_each_method():
+    methods = [name for name in dir(VLLMClient) if not name.startswith("_")]
+    words = set(re.findall(r"\w+", _readme()))
+    assert {*vllm_provider.__all__, *methods} - words == set()
+
+
+@pytest.mark.parametrize("command", vllm_provider._COMMANDS)
+def test_readme_has_each_option(cli, command):
+    options = set(re.findall(r"--[a-z][a-z-]+", cli(command, "--help")[1]))
+    assert options - set(re.findall(r"--[a-z][a-z-]+", _readme())) == set()
+
+
+# What README shows runs in one folder and one namespace, from top to bottom: its Python as a
+# reader would paste it into one session, its `sh` blocks as a script. `# ->` marks their output.
+
+
+def _readme_examples() -> list[tuple[str, str]]:
+    blocks: list[tuple[str, str]] = re.findall(r"```(python|sh)\n(.*?)```", _readme(), re.DOTALL)
+    return [(kind, code) for kind, code in blocks if not code.startswith("# needs ")]
+
+
+def _without_fractions(text: str) -> list[str]:
+    """Return the lines without the numbers in which the stand-in differs from a real model."""
+    return re.sub(r"\d+\.\d+(e-\d+)?", "0.0", text).strip("\n").splitlines()
+
+
+def _put_on_path(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make the command `vllm-provider`, as an installation does."""
+    script = folder / "bin" / "vllm-provider"
+    script.parent.mkdir()
+    script.write_text(f'#!/bin/sh\nexec {sys.executable} -W error {CLI_MODULE} "$@"\n')
+    script.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{script.parent}{os.pathsep}{os.environ['PATH']}")
+
+
+def _run_readme_script(script: str) -> str:
+    command = ["bash", "-euo", "pipefail", "-c", script]
+    run = subprocess.run(
+        command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert run.returncode == 0, run.stderr
+    return run.stdout + run.stderr
+
+
+def _run_readme(url: str, capsys: pytest.CaptureFixture[str]) -> list[tuple[str, str, str]]:
+    """Run README's examples against a server; return of each its code, what it shows and prints."""
+    ran = []
+    names: dict[str, Any] = {"__name__": "__readme__"}
+    for kind, code in _readme_examples():
+        if kind == "python":
+            exec(compile(code.replace(README_URL, url), "README.md", "exec"), names)
+            printed = capsys.readouterr().out
+        else:
+            printed = _run_readme_script(code.replace(README_URL, url))
+        shown = "\n".join(re.findall(r"(?m)^# -> (.*)$", code))
+        ran.append((code, shown, printed))
+    return ran
+
+
+@pytest.fixture
+def readme_folder(cli_clean, monkeypatch, tmp_path):
+    _put_on_path(tmp_path, monkeypatch)
+    monkeypatch.chdir(tmp_path)
+    Path("questions.csv").write_text("question\nWhat is 2+2?\nHello\n")
+
+
+def test_readme_examples_print_what_they_show(readme_folder, cli_server, monkeypatch, capsys):
+    monkeypatch.setenv("VLLM_BASE_URL", cli_server.url)
+    ran = _run_readme(cli_server.url, capsys)
+
+    assert len(ran) > 10
+    for code, shown, printed in ran:
+        assert not shown or _without_fractions(printed) == _without_fractions(shown), code
+    assert Path("answers.csv").read_text().splitlines() == [
+        "What is 2+2?,2 + 2 = 4",
+        "Hello,Hello! How can I help you today?",
+    ]
+    assert [one["role"] for one in json.loads(Path("chat.json").read_text())] == [
+        "user",
+        "assistant",
+    ]
+
+
+@pytest.mark.parametrize("kept", [1, 5, 9])
+def test_readme_recipe_goes_on_after_a_broken_stream(connect, server, kept):
+    code = next(code for _, code in _readme_examples() if "def complete_all" in code)
+    client = connect(server, temperature=0)
+    names: dict[str, Any] = {"client": client}
+    exec(compile(code, "README.md", "exec"), names)
+    whole = client.complete("Once upon a time", max_tokens=30).text
+
+    options = {"prompt": "Once upon a time", "max_tokens": 30, "return_token_ids": True}
+    with client.stream_complete(**options) as stream:
+        for _ in range(kept):
+            next(stream)
+        first = stream.completion.choices[0]
+
+    event = {"index": 0, "text": first.text, "token_ids": first.token_ids}
+    event["prompt_token_ids"] = first.prompt_token_ids
+    beginning = sse({"id": "cmpl-1", "choices": [event]}, done=False, end=False)
+
+    def send_and_close(connection):
+        connection.send(beginning)
+        connection.close()
+
+    server.script(send_and_close)
+    assert names["complete_all"]("Once upon a time", 30) == whole
+    prompt = server.requests[-1].body["prompt"]
+    assert prompt == [*first.prompt_token_ids, *first.token_ids]
+
+
+@pytest.mark.live
+def test_readme_examples_print_what_they_show_live(
+    readme_folder, cli_live_url, monkeypatch, capsys
+):
+    monkeypatch.setenv("VLLM_BASE_URL", cli_live_url)
+    monkeypatch.setattr(vllm_provider.Completion, "json", lambda reply, model: model(name="Paris"))
+    for code, shown, printed in _run_readme(cli_live_url, capsys):
+        assert not shown or _without_fractions(printed) == _without_fractions(shown), code

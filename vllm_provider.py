@@ -18,14 +18,11 @@ The sections stand in the order one request travels, and data goes one way:
                                                             many calls, pictures, command line
 """
 
-import array
-import collections
+import collections  # noqa: I001  # the long lists of names stand in few lines
 import contextvars
 import copy
 import email.utils
-import errno
 import functools
-import hashlib
 import html
 import http.client
 import io
@@ -46,14 +43,7 @@ import time
 import traceback
 import weakref
 from collections.abc import (
-    Awaitable,
-    Callable,
-    Generator,
-    Iterable,
-    Iterator,
-    Mapping,
-    Sequence,
-    Sized,
+    Awaitable, Callable, Generator, Iterable, Iterator, Mapping, Sequence, Sized,
 )  # fmt: skip
 from contextlib import ExitStack, closing, contextmanager, suppress
 from contextvars import copy_context
@@ -61,18 +51,7 @@ from dataclasses import KW_ONLY, MISSING, Field, dataclass, field, fields, repla
 from datetime import UTC, datetime
 from types import MappingProxyType
 from typing import (
-    Any,
-    BinaryIO,
-    Final,
-    Literal,
-    NamedTuple,
-    Self,
-    TextIO,
-    TypedDict,
-    TypeVar,
-    Unpack,
-    cast,
-    overload,
+    Any, BinaryIO, Final, Literal, NamedTuple, Self, TextIO, TypedDict, TypeVar, Unpack, overload,
 )  # fmt: skip
 from urllib.parse import urlsplit
 
@@ -131,9 +110,6 @@ MAX_LOWERINGS: Final = 2  # vLLM 0.16-0.31 names the model's limit first, then t
 # Sent again: a request with such a status has not started. A gateway can send 502 for one that
 # had begun, too; a generation has no side effects.
 RETRIED_STATUS: Final = frozenset({429, 502, 503})
-UNREACHABLE: Final = frozenset(
-    {errno.ECONNREFUSED, errno.ECONNRESET, errno.EHOSTUNREACH, errno.ENETUNREACH}
-)
 STARTING_PAGES: Final = (  # in the HTML page of a gateway (404 or 425) whose server is starting
     "warming up", "initializing", "starting up", "service is starting",
     "waiting for service to respond",
@@ -141,24 +117,19 @@ STARTING_PAGES: Final = (  # in the HTML page of a gateway (404 or 425) whose se
 CALL_LIMITS: Final = ("timeout", "stream_idle_timeout", "deadline")  # of a call, not sent
 BASE_URL_ADVICE: Final = "is base_url the server's root, and is it vLLM? (curl BASE_URL/v1/models)"
 
-_MINIMUM_VERSIONS: Final = {"requests": (2, 32, 4), "urllib3": (2, 3)}
+
+def _require_version(module: Any, minimum: str) -> None:
+    found = re.findall(r"\d+", module.__version__)
+    if list(map(int, found)) < list(map(int, minimum.split("."))):
+        name = module.__name__
+        raise ImportError(
+            f"vllm_provider needs {name} {minimum} or newer, got {module.__version__};"
+            f" pip install -U {name}"
+        )
 
 
-def _check_versions() -> None:
-    """Raise ImportError where requests or urllib3 is too old, in one sentence."""
-    for module in (requests, urllib3):
-        minimum = _MINIMUM_VERSIONS[module.__name__]
-        found = tuple(int(part) for part in re.findall(r"\d+", module.__version__)[:3])
-
-        if found < minimum:
-            needed = ".".join(map(str, minimum))
-            raise ImportError(
-                f"vllm_provider needs {module.__name__} {needed} or newer, got"
-                f" {module.__version__}; pip install -U {module.__name__}"
-            )
-
-
-_check_versions()
+_require_version(requests, "2.32.4")
+_require_version(urllib3, "2.3")
 
 # ---- Errors -----------------------------------------------------------------
 #
@@ -172,12 +143,8 @@ _check_versions()
 #   InvalidOutputError (also ValueError)      the model's text is not the JSON that was asked for
 #   ProtocolError                             a reply that is not what vLLM sends
 #   StatusError                               any other HTTP error
-#     AuthenticationError 401
-#       AccessDeniedError 403
-#     NotFoundError 404
-#     InvalidRequestError 400, 422
-#     ContextLengthError                      the prompt does not fit the model
-#     RateLimitError 429
+#     AuthenticationError 401, AccessDeniedError 403 (under it), NotFoundError 404,
+#     InvalidRequestError 400 and 422, ContextLengthError, RateLimitError 429,
 #     ProviderUnavailableError 5xx
 #
 # Names and inheritance are those of Amplifier's kernel where it has them. None is an OSError:
@@ -196,15 +163,10 @@ class VLLMError(Exception):
     _retryable = False
 
     def __init__(
-        self,
-        message: str,
-        *,
-        status_code: int | None = None,
-        retryable: bool | None = None,
-        retry_after: float | None = None,
-        request_id: str | None = None,
+        self, message: str, *, status_code: int | None = None, retryable: bool | None = None,
+        retry_after: float | None = None, request_id: str | None = None,
         partial: "Completion | None" = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         super().__init__(message)
         self.status_code = status_code
         self.retryable = self._retryable if retryable is None else retryable
@@ -316,19 +278,22 @@ _STATUS_ERRORS: Final[Mapping[int, type[StatusError]]] = {
 
 # ---- Values: configuration --------------------------------------------------
 
-_Check = Callable[[str, Any], Any]
+_Check = Callable[[str, Any], Any]  # a setting's key and value -> the value converted
 
 _FLAGS: Final = {
     "true": True, "yes": True, "on": True, "1": True,
     "false": False, "no": False, "off": False, "0": False,
 }  # fmt: skip
-_PROMPT_FORMATS: Final = ("auto", "chat_template", "raw")
+_PROMPT_FORMATS: Final = {"auto": "auto", "chat_template": "chat_template", "raw": "raw"}
 _HEADER_NAME: Final = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")  # RFC 9110, token
+_ROOT_URL: Final = re.compile(r"(?i)https?://[^\s\x00-\x1f\x7f?#/.:][^\s\x00-\x1f\x7f?#]*")
+_ALIASES: Final[Mapping[str, str]] = {  # Amplifier's other names for settings
+    "extra_request_params": "extra_body",
+    "reasoning": "reasoning_effort",
+}
 
 
 def _check(expected: str, convert: Callable[[Any], Any]) -> _Check:
-    """Return a function of a setting's key and value that converts the value or raises."""
-
     def check(key: str, value: Any) -> Any:
         try:
             return convert(value)
@@ -338,67 +303,56 @@ def _check(expected: str, convert: Callable[[Any], Any]) -> _Check:
     return check
 
 
-def _require(is_good: bool) -> None:
-    """Raise ValueError unless `is_good`."""
-    if not is_good:
-        raise ValueError
-
-
-def _to_text(value: Any) -> str:
-    """Return a string that is one."""
-    _require(isinstance(value, str))
-    return str(value)
+def _to_flag(value: Any) -> bool:
+    return _FLAGS[str(value).strip().lower()]
 
 
 def _to_number(
-    value: Any, minimum: float = -math.inf, maximum: float = sys.float_info.max
+    value: Any, minimum: float = -sys.float_info.max, maximum: float = sys.float_info.max
 ) -> float:
-    """Return a number between the bounds, given as a number or as text."""
-    _require(isinstance(value, str | int | float))
-    _require(not isinstance(value, bool))
     number = float(value)
-
-    _require(number > -math.inf)
-    _require(minimum <= number <= maximum)  # never true of NaN
+    if isinstance(value, bool | bytes) or not minimum <= number <= maximum:  # never true of NaN
+        raise ValueError(value)
     return number
 
 
-def _to_int(value: Any, minimum: float = -math.inf) -> int:
+def _to_int(value: Any, minimum: float = -sys.float_info.max) -> int:
     """Return an integer, also of "42", 42.0 and "4e3"."""
     number = _to_number(value, minimum)
-    _require(number.is_integer())
-
-    if re.fullmatch(r"\s*[+-]?[\d_]+\s*", str(value)):
-        return int(value)  # exact, where a float has 53 bits
-    return int(number)
+    try:
+        return int(str(value))  # exact, where a float has 53 bits
+    except ValueError:
+        if number.is_integer():
+            return int(number)
+        raise
 
 
 def _to_strings(value: Any) -> str | list[str]:
-    """Return a string, or a list of them."""
     if isinstance(value, str):
         return value
-
-    strings = list(value)
-    for item in strings:
-        _require(isinstance(item, str))
-    return strings
+    return list(map(str.__str__, value))
 
 
 def _to_logprobs(value: Any) -> int | bool:
     """Return a number of alternatives, or whether log probabilities are wanted."""
-    word = str(value).strip().lower()
-    return _FLAGS[word] if word in ("true", "false") else _to_int(value)
+    try:
+        return _to_int(value)  # first: "1" is a number here
+    except ValueError:
+        return _to_flag(value)
 
 
 def _to_verify(value: Any) -> bool | str:
-    """Return the path of a CA bundle that exists, or a flag."""
-    if isinstance(value, str | os.PathLike) and os.path.exists(value):
-        return os.fspath(value)
-    return _FLAGS[str(value).lower()]
+    with suppress(KeyError):
+        return _to_flag(value)
+
+    path: str = os.fspath(value)
+    if not os.path.exists(path):
+        raise ValueError(path)
+    return path
 
 
-_text = _check("a string", _to_text)
-_flag = _check("true or false", lambda value: _FLAGS[str(value).strip().lower()])
+_text = _check("a string", str.__str__)
+_flag = _check("true or false", _to_flag)
 _number = _check("a number", _to_number)
 _seconds = _check(
     "a positive number of seconds", lambda value: _to_number(value, math.ulp(0.0), math.inf)
@@ -412,9 +366,7 @@ _count_or_zero = _check("an integer of at least 0", lambda value: _to_int(value,
 _strings = _check("a string or a list of strings", _to_strings)
 _logprobs = _check("an integer, true or false", _to_logprobs)
 _verify = _check("true, false or the path of a CA bundle that exists", _to_verify)
-_format = _check(
-    "auto, chat_template or raw", lambda value: _PROMPT_FORMATS[_PROMPT_FORMATS.index(value)]
-)
+_format = _check("auto, chat_template or raw", _PROMPT_FORMATS.__getitem__)
 
 
 def _mapping(key: str, value: object) -> dict[str, Any]:
@@ -438,7 +390,6 @@ def _secret(key: str, value: object) -> str:
 
 
 def _headers(key: str, value: object) -> dict[str, str]:
-    """Return HTTP headers; no error quotes a value."""
     headers = _mapping(key, value)
     for name, text in headers.items():
         if not _HEADER_NAME.fullmatch(name):
@@ -460,13 +411,10 @@ def _base_url(key: str, value: object) -> str:
         )
 
     try:
-        parts = urlsplit(text)
-        is_http = parts.scheme in ("http", "https")
-        has_host = bool(parts.hostname) and not str(parts.hostname).startswith(".")
-        is_good = is_http and has_host and parts.port != 0
-    except ValueError:
+        is_good = _ROOT_URL.fullmatch(text) is not None and urlsplit(text).port != 0
+    except ValueError:  # a port that is none, half an IPv6 address
         is_good = False
-    if not is_good or re.search(r"[\s\x00-\x1f\x7f?#]", text):
+    if not is_good:
         shown = re.split(r"[?#]", str(value))[0]  # what follows may be a key
         raise ConfigurationError(
             f"{key} must be a URL like http://localhost:8000, without query or fragment,"
@@ -477,14 +425,7 @@ def _base_url(key: str, value: object) -> str:
     return f"{scheme.lower()}:{rest}".rstrip("/").removesuffix("/v1").rstrip("/")
 
 
-_ALIASES: Final[Mapping[str, str]] = {  # Amplifier's other names for settings
-    "extra_request_params": "extra_body",
-    "reasoning": "reasoning_effort",
-}
-
-
 def _setting(check: _Check, default: Any = None, env: str = "") -> Any:
-    """Return a field of VLLMConfig whose values `check` converts."""
     return field(default=default, metadata={"check": check, "env": env})
 
 
@@ -496,9 +437,9 @@ class _Replaceable(str):
 
 def _is_given(value: object) -> bool:
     """Return False for None, "" and an unexpanded ${NAME}."""
-    if value is None or value == "" or isinstance(value, _Replaceable):
+    if value in (None, "") or isinstance(value, _Replaceable):
         return False
-    return not (isinstance(value, str) and re.fullmatch(r"\$\{\w+\}", value))
+    return not re.fullmatch(r"\$\{\w+\}", str(value))
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -555,10 +496,10 @@ class VLLMConfig:
                 value = os.environ.get(spec.metadata.get("env", ""))
 
             if _is_given(value):
-                checked = spec.metadata["check"](spec.name, value)
+                value = spec.metadata["check"](spec.name, value)
             else:
-                checked = _default_of(spec)
-            object.__setattr__(self, spec.name, checked)
+                value = _default_of(spec)
+            object.__setattr__(self, spec.name, value)
 
         if self.base_url is None:
             raise ConfigurationError(
@@ -582,10 +523,7 @@ class VLLMConfig:
         return cls(**settings)
 
     def __repr__(self) -> str:
-        hidden = {
-            "api_key": "***",
-            "default_headers": dict.fromkeys(self.default_headers, "***"),
-        }
+        hidden = {"api_key": "***", "default_headers": dict.fromkeys(self.default_headers, "***")}
         shown = []
         for spec in fields(self):
             value = getattr(self, spec.name)
@@ -598,7 +536,6 @@ class VLLMConfig:
 
 
 def _default_of(spec: Field[Any]) -> Any:
-    """Return a setting's default, a dict made anew."""
     return spec.default if spec.default_factory is MISSING else spec.default_factory()
 
 
@@ -610,19 +547,18 @@ def _nearest(name: str, names: Iterable[str]) -> str | None:
     """Return the one of `names` that `name` may be a misspelling of."""
     import difflib
 
-    close = difflib.get_close_matches(name, names, n=1, cutoff=0.75)
-    return close[0] if close else None
+    return next(iter(difflib.get_close_matches(name, names, n=1, cutoff=0.75)), None)
 
 
 def _suggest_setting(key: str) -> str:
-    """Return advice for a setting that does not exist, or nothing."""
-    names = _setting_names()
-    containing = [name for name in names if len(key) > 2 and key in name]
-    if not containing and key in VLLM_PARAMETERS:
-        return "; it is a parameter of vLLM's: put it under extra_body"
+    for name in _setting_names():
+        if len(key) > 2 and key in name:
+            return f"; did you mean {name!r}?"
 
-    name = containing[0] if containing else _nearest(key, names)
-    return f"; did you mean {name!r}?" if name else ""
+    if key in VLLM_PARAMETERS:
+        return "; it is a parameter of vLLM's: put it under extra_body"
+    near = _nearest(key, _setting_names())
+    return f"; did you mean {near!r}?" if near else ""
 
 
 # ---- Values: request parameters ---------------------------------------------
@@ -631,12 +567,15 @@ def _suggest_setting(key: str) -> str:
 # The server judges the values: vllm/entrypoints/openai/*/protocol.py, 0.10 to 0.33.
 
 
-class _CommonParams(TypedDict, total=False):
-    """Parameters of both endpoints, and the limits of a call in seconds."""
+class _CallParams(TypedDict, total=False):
+    """The limits of a call, in seconds; None takes the configuration's."""
 
     timeout: float | None
     stream_idle_timeout: float | None
     deadline: float | None
+
+
+class _CommonParams(_CallParams, total=False):
     extra_body: Mapping[str, Any] | None
     model: str | None
     max_tokens: int | None
@@ -689,15 +628,11 @@ class _CommonParams(TypedDict, total=False):
 
 
 class _CompletionParams(_CommonParams, total=False):
-    """Parameters of `/v1/completions`."""
-
     prompt_embeds: Any
     suffix: str | None
 
 
 class _ChatParams(_CommonParams, total=False):
-    """Parameters of `/v1/chat/completions`."""
-
     top_logprobs: int | None
     max_completion_tokens: int | None
     tools: list[dict[str, Any]] | None
@@ -713,14 +648,6 @@ class _ChatParams(_CommonParams, total=False):
     mm_processor_kwargs: Mapping[str, Any] | None
     media_io_kwargs: Mapping[str, Any] | None
     return_prompt_text: bool | None
-
-
-class _CallParams(TypedDict, total=False):
-    """The limits of a call, in seconds; None takes the configuration's."""
-
-    timeout: float | None
-    stream_idle_timeout: float | None
-    deadline: float | None
 
 
 VLLM_PARAMETERS: Final = frozenset(
@@ -895,7 +822,7 @@ class Completion:
         if self.reasoning:
             message["reasoning"] = self.reasoning  # the name every vLLM since 0.11.1 honours
         if self.tool_calls:
-            message["tool_calls"] = [_to_wire_call(*call) for call in self.tool_calls]
+            message["tool_calls"] = list(itertools.starmap(_to_wire_call, self.tool_calls))
         return message
 
     def to_dict(self) -> dict[str, Any]:
@@ -915,8 +842,8 @@ class Completion:
             value = json.loads(self.text, parse_constant=_refuse_constant)
             if model is None:
                 return value
-            validate = getattr(model, "model_validate", None)
-            return model(**value) if validate is None else validate(value)
+            validate = getattr(model, "model_validate", lambda value: model(**value))
+            return validate(value)
         except (ValueError, TypeError, RecursionError) as cause:
             expected = "JSON" if model is None else f"a {model.__name__}"
             advice = "ask for it with response_format"
@@ -934,7 +861,6 @@ class Completion:
 
 
 def _to_wire_call(call_id: str, name: str, arguments: str) -> dict[str, Any]:
-    """Return a tool call as both directions of the wire have it."""
     return {"id": call_id, "type": "function", "function": {"name": name, "arguments": arguments}}
 
 
@@ -952,26 +878,23 @@ class ModelCard(NamedTuple):
     max_output_tokens: int | None = None
 
 
-def _to_json(value: Any, max_chars: int | None = None, token_key: str = "token") -> Any:
+def _to_json(value: Any, max_chars: float = math.inf, token_key: str = "token") -> Any:
     """Return values of this module as what JSON can hold: -inf as -9999.0, bytes as a list.
 
     `max_chars`: where strings are cut. `token_key`: the name of a TokenLogprob's first field.
     """
-    names = getattr(value, "_fields", None) or getattr(value, "__dataclass_fields__", None)
-    if names is not None:
+    names = getattr(value, "_fields", getattr(value, "__dataclass_fields__", ()))
+    if names:
         value = {name: getattr(value, name) for name in names}
 
+    convert = functools.partial(_to_json, max_chars=max_chars, token_key=token_key)
     if isinstance(value, Mapping):
-        result = {}
-        for name, item in value.items():
-            key = token_key if name == "token" else name
-            result[key] = _to_json(item, max_chars, token_key)
-        return result
-
+        keys = {"token": token_key}
+        return {keys.get(name, name): convert(item) for name, item in value.items()}
     if isinstance(value, list | tuple | bytes):
-        return [_to_json(item, max_chars, token_key) for item in value]
-    if isinstance(value, str) and max_chars is not None and len(value) > max_chars:
-        return f"{value[:max_chars]}… ({len(value)} characters)"
+        return list(map(convert, value))
+    if isinstance(value, str) and len(value) > max_chars:
+        return f"{value[: int(max_chars)]}… ({len(value)} characters)"
     if isinstance(value, float) and not math.isfinite(value):
         return SENTINEL_LOGPROB if value < 0 else None
     return value
@@ -997,19 +920,9 @@ def build_completion_request(
     >>> build_completion_request(config, "Once", temperature=0, logprobs=True)
     {'model': 'm', 'prompt': 'Once', 'max_tokens': 1024, 'temperature': 0, 'logprobs': 1}
     """
-    max_tokens = DEFAULT_MAX_TOKENS if config.max_tokens is None else config.max_tokens
-    body = _merge(
-        {"model": config.default_model, "prompt": prompt, "max_tokens": max_tokens},
-        _settings_for(config),
-        params,
-        config.extra_body,
-        params.get("extra_body"),
-    )
-
+    body = _merge(config, {"prompt": prompt, "max_tokens": DEFAULT_MAX_TOKENS}, params, dict)
     if body.get("logprobs") is True:
         body["logprobs"] = 1
-    elif body.get("logprobs") is False:  # vLLM reads it as 0, which switches them on
-        del body["logprobs"]
     return _checked(body)
 
 
@@ -1024,26 +937,11 @@ def build_chat_request(
     >>> build_chat_request(VLLMConfig("http://localhost:8000"), "Hi", logprobs=2)
     {'messages': [{'role': 'user', 'content': 'Hi'}], 'logprobs': True, 'top_logprobs': 2}
     """
-    body = _merge(
-        {
-            "model": config.default_model,
-            "messages": _to_messages(messages),
-            "max_tokens": config.max_tokens,
-        },
-        _to_chat_logprobs(_settings_for(config)),
-        _to_chat_logprobs(params),
-        _to_chat_logprobs(config.extra_body),
-        _to_chat_logprobs(_mapping("extra_body", params.get("extra_body") or {})),
-    )
-
-    if body.get("logprobs") is False:
-        del body["logprobs"]
-        body.pop("top_logprobs", None)  # a 400 without logprobs
+    body = _merge(config, {"messages": _to_messages(messages)}, params, _to_chat_logprobs)
     return _checked(body)
 
 
 def _to_messages(messages: Any, system: str | None = None) -> list[Any]:
-    """Return a list of messages; raise ConfigurationError for what is none."""
     if isinstance(messages, str):
         messages = [{"role": "user", "content": messages}]
 
@@ -1053,38 +951,44 @@ def _to_messages(messages: Any, system: str | None = None) -> list[Any]:
             "messages must be a string or a list of dicts like {'role': 'user', 'content': '…'}"
         )
 
-    first = [] if system is None else [{"role": "system", "content": system}]
-    return [*first, *messages]
+    if system is None:
+        return list(messages)
+    return [{"role": "system", "content": system}, *messages]
 
 
-def _settings_for(config: VLLMConfig) -> dict[str, Any]:
-    """Return the settings that are request parameters."""
-    names = ("temperature", "top_p", "seed", "stop", "logprobs", "reasoning_effort")
-    return {name: getattr(config, name) for name in names}
+def _merge(
+    config: VLLMConfig,
+    prompt: Mapping[str, Any],
+    params: Mapping[str, Any],
+    spell_logprobs: Callable[[dict[str, Any]], dict[str, Any]],
+) -> dict[str, Any]:
+    """Return prompt, settings, parameters and extra_body, later ones winning, without None.
 
-
-def _to_chat_logprobs(params: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the parameters with `logprobs=N` as chat spells it.
-
-    Each layer is translated before it is merged, so that a later `top_logprobs` wins over an
-    earlier N.
+    `spell_logprobs` translates each layer before it is merged, so that a later `top_logprobs`
+    wins over an earlier `logprobs=N`.
     """
-    number = params.get("logprobs")
-    if number is None or isinstance(number, bool):
-        return dict(params)
-    return {"logprobs": True, "top_logprobs": number, **params} | {"logprobs": True}
-
-
-def _merge(*layers: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Return the layers, later ones winning, without what is None and what is not sent."""
-    merged: dict[str, Any] = {}
+    names = ("max_tokens", "temperature", "top_p", "seed", "stop", "logprobs", "reasoning_effort")
+    layers = (
+        {"model": config.default_model, **prompt},
+        {name: getattr(config, name) for name in names},
+        params,
+        config.extra_body,
+        _mapping("extra_body", params.get("extra_body") or {}),
+    )
+    body: dict[str, Any] = {}
     for layer in layers:
-        given = _mapping("extra_body", layer or {})
-        merged |= {name: value for name, value in given.items() if value is not None}
+        body |= spell_logprobs({name: value for name, value in layer.items() if value is not None})
 
     for name in ("extra_body", *CALL_LIMITS):
-        merged.pop(name, None)
-    return merged
+        body.pop(name, None)
+    return body
+
+
+def _to_chat_logprobs(params: dict[str, Any]) -> dict[str, Any]:
+    number = params.get("logprobs", True)
+    if isinstance(number, bool):
+        return params
+    return {"logprobs": True, "top_logprobs": number, **params} | {"logprobs": True}
 
 
 def _checked(body: dict[str, Any]) -> dict[str, Any]:
@@ -1096,8 +1000,14 @@ def _checked(body: dict[str, Any]) -> dict[str, Any]:
 
     for name in body.keys() - VLLM_PARAMETERS - {"prompt", "messages"}:
         _warn_of_name(name)
-    if hasattr(body.get("response_format"), "model_json_schema"):
-        body["response_format"] = _to_json_schema(body["response_format"])
+    if body.get("logprobs") is False:  # completions read it as 0, which switches them on
+        del body["logprobs"]
+        body.pop("top_logprobs", None)  # a 400 without logprobs
+
+    form: Any = body.get("response_format")
+    if hasattr(form, "model_json_schema"):
+        schema = {"name": form.__name__, "schema": form.model_json_schema()}
+        body["response_format"] = {"type": "json_schema", "json_schema": schema}
 
     _encode(body)
     return body
@@ -1109,12 +1019,6 @@ def _warn_of_name(name: str) -> None:
     known = _nearest(name, VLLM_PARAMETERS)
     if known is not None:
         logger.warning("%s: did you mean %s? vLLM ignores unknown parameters", name, known)
-
-
-def _to_json_schema(model: Any) -> dict[str, Any]:
-    """Return the response_format for a class with `model_json_schema()`, as pydantic's have."""
-    schema = {"name": model.__name__, "schema": model.model_json_schema()}
-    return {"type": "json_schema", "json_schema": schema}
 
 
 def _encode(body: Any) -> bytes:
@@ -1131,7 +1035,6 @@ def _encode(body: Any) -> bytes:
 
 
 def _find_bad(body: Any) -> str:
-    """Return where the value stands that JSON cannot hold."""
     if not isinstance(body, Mapping):
         return ""
     for name, value in body.items():
@@ -1160,19 +1063,12 @@ class _Limits(NamedTuple):
 
 
 def _read_limits(config: VLLMConfig, params: Mapping[str, Any]) -> _Limits:
-    """Return the limits of a call with these parameters."""
-    given = {}
+    idle = config.stream_idle_timeout or config.timeout
+    limits = _Limits(config.timeout, idle, math.inf)
     for name in CALL_LIMITS:
         if params.get(name) is not None:
-            given[name] = _seconds(name, params[name])
-
-    idle = config.stream_idle_timeout
-    defaults = {
-        "timeout": config.timeout,
-        "stream_idle_timeout": config.timeout if idle is None else idle,
-        "deadline": math.inf,
-    }
-    return _Limits(**{**defaults, **given})
+            limits = limits._replace(**{name: _seconds(name, params[name])})
+    return limits
 
 
 class _RequestFacts(NamedTuple):
@@ -1190,13 +1086,12 @@ class _RequestFacts(NamedTuple):
 
 
 def _read_facts(where: str, body: _Body, redact: Callable[[str], str]) -> _RequestFacts:
-    """Return the facts of a request."""
     name = "max_tokens"
     if body.get("max_completion_tokens") is not None:
         name = "max_completion_tokens"  # chat prefers it
 
-    number = str(body.get(name))  # vLLM takes it as text too
-    max_tokens = int(number) if re.fullmatch(r"-?\d+", number) else None
+    number = re.fullmatch(r"-?\d+", str(body.get(name)))  # vLLM takes it as text too
+    max_tokens = None if number is None else int(number.group())
     return _RequestFacts(where, "prompt" in body, name, max_tokens, redact)
 
 
@@ -1274,16 +1169,11 @@ class _Clock:
         """Start the idle timeout anew at the next wait: a complete line has arrived."""
         self._has_new_line = True
 
-    def shorten(self, now: float, seconds: float) -> None:
-        """Allow no more than so many seconds from now on."""
+    def allow(self, now: float, seconds: float) -> None:
+        """Allow so many seconds from now on, whatever was left before."""
         self._has_new_line = False
-        self._phase_ends_at = min(self._phase_ends_at, now + seconds)
+        self._phase_ends_at = now + seconds
         self.due_at = min(self._phase_ends_at, self._deadline_at)
-
-    def drain(self, now: float) -> None:
-        """Wait a moment for the bytes after the end of a stream, whatever was left before."""
-        self._phase_ends_at = now + DRAIN_S
-        self.shorten(now, DRAIN_S)
 
 
 class _CallGroup:
@@ -1294,7 +1184,7 @@ class _CallGroup:
     """
 
     def __init__(self) -> None:
-        self._calls: set[_Call] = set()
+        self.calls: set[_Call] = set()
         self._is_stopped = False
 
     def __enter__(self) -> Self:
@@ -1305,19 +1195,14 @@ class _CallGroup:
         _GROUPS.reset(self._token)
 
     def add(self, call: "_Call") -> None:
-        """Add a call that begins."""
-        self._calls.add(call)
+        self.calls.add(call)
         if self._is_stopped:
             call.stop()
-
-    def discard(self, call: "_Call") -> None:
-        """Forget a call that has ended."""
-        self._calls.discard(call)
 
     def stop(self) -> None:
         """Stop the calls in flight, and those that begin later; from any thread."""
         self._is_stopped = True
-        for call in tuple(self._calls):
+        for call in tuple(self.calls):
             call.stop()
 
 
@@ -1327,52 +1212,46 @@ _GROUPS: Final[contextvars.ContextVar[tuple[_CallGroup, ...]]] = contextvars.Con
 
 
 def _new_id() -> str:
-    """Return a new request id."""
     import uuid  # which loads `platform` and a dozen patterns
 
     return str(uuid.uuid4())
 
 
+@dataclass(eq=False)
 class _Call:
     """One call, over all its attempts and auxiliary requests; any thread may stop it.
 
-    `attempts`: the generation requests sent under its id. `deadline_at`: of time.monotonic().
+    `keeps_id`: a caller's own id is sent unchanged. `attempts`: the generation requests sent under
+    it. `deadline_at`: of time.monotonic(). `replace(call)` goes on with these, not yet begun.
     """
 
-    def __init__(
-        self,
-        limits: _Limits,
-        *,
-        request_id: str | None = None,
-        attempts: int = 0,
-        deadline_at: float = math.inf,
-    ) -> None:
-        self.limits = limits
-        self.request_id = request_id or _new_id()
-        self.keeps_id = False  # whether a caller's own id goes unchanged
-        self.attempts = attempts
-        self.deadline_at = deadline_at
-        self.started_at: float | None = None
-        self.finished_at: float | None = None
-        self.first_token_s: float | None = None
-        self.attempt: _Attempt | None = None
+    limits: _Limits
+    request_id: str = field(default_factory=_new_id)
+    keeps_id: bool = False
+    attempts: int = 0
+    deadline_at: float = math.inf
+    started_at: float | None = field(default=None, init=False)
+    finished_at: float | None = field(default=None, init=False)
+    first_token_s: float | None = field(default=None, init=False)
+    attempt: "_Attempt | None" = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
         self._is_stopped = False
         self._wakeups: queue.SimpleQueue[None] = queue.SimpleQueue()
 
     def begin(self) -> None:
-        """Start the call's time."""
         self.started_at = time.monotonic()
         self.deadline_at = min(self.deadline_at, self.started_at + self.limits.deadline)
 
     def end(self) -> None:
-        """Stop the call's time and leave its connection to others."""
         self.finished_at = time.monotonic()
-        if self.attempt is not None:
+        if self.attempt is not None:  # and it stays: another thread may be in stop()
             self.attempt.release()
 
     def begin_attempt(self, attempt: "_Attempt") -> None:
-        """Make this the attempt that stop() reaches."""
-        self.check()
+        """Make this the attempt that stop() reaches, and let go of the one before."""
+        if self.attempt is not None:
+            self.attempt.release()
         self.attempt = attempt
 
     def stop(self) -> None:
@@ -1394,13 +1273,7 @@ class _Call:
         self.check()
 
     def time_left_s(self) -> float:
-        """Return the seconds to the deadline."""
         return self.deadline_at - time.monotonic()
-
-    def note_first_token(self) -> None:
-        """Remember when the first output arrived."""
-        if self.first_token_s is None:
-            self.first_token_s = self.elapsed_s()
 
     def elapsed_s(self) -> float | None:
         """Return the seconds since the call began, up to its end; None before it began."""
@@ -1417,24 +1290,39 @@ class _Call:
 class _Attempt:
     """One request of a call: its clock, its connection, and what has happened. Never used again.
 
-    `connected`: it has a socket. `reused`: that socket served another request before. `received`:
-    a byte of the reply has arrived. `expired`: its time was up, and its socket was shut.
+    `is_fresh`: only a new connection will do. `connected`: it has a socket. `reused`: that socket
+    served another request before. `received`: a byte of the reply has arrived. `expired`: its time
+    was up, and the socket was shut.
     """
 
-    def __init__(self, call: _Call, watch: "_Watch", where: str, is_fresh: bool) -> None:
+    def __init__(self, call: _Call, watch: "_Watch", facts: _RequestFacts, is_fresh: bool) -> None:
         self.call = call
-        self.where = where
-        self.is_fresh = is_fresh  # whether only a new connection will do
-        self.clock = _Clock(call.limits, time.monotonic(), call.deadline_at)
+        self.watch = watch
+        self.facts = facts
+        self.where = facts.where
+        self.is_fresh = is_fresh
         self.response: requests.Response  # once its headers have arrived
         self.connected = False
         self.reused = False
         self.received = False
         self.expired = False
-        self.watch = watch
         self._connection: _Connection | None = None
         self._socket: socket.socket | None = None
         self._process = os.getpid()
+        self.clock = _Clock(call.limits, time.monotonic(), call.deadline_at)
+
+    def allow(self, seconds: float) -> None:
+        """Allow so many seconds from now on, up to the deadline."""
+        self.clock.allow(time.monotonic(), seconds)
+        self.watch.notify(self.clock.due_at)
+
+    def begin_wait(self) -> None:
+        """Wait for the server from now on."""
+        self.clock.begin_wait(time.monotonic())
+        self.watch.notify(self.clock.due_at)
+
+    def time_left_s(self) -> float:
+        return self.clock.due_at - time.monotonic()
 
     def attach(self, connection: "_Connection", *, reused: bool) -> None:
         """Take over a connection: from here on, a stop reaches its socket."""
@@ -1453,14 +1341,16 @@ class _Attempt:
 
     def release(self) -> None:
         """Let go of the connection, which may serve the next request."""
+        if self._process != os.getpid():
+            return  # the fork may have left the lock locked
         with self.watch.lock:
-            if self._connection is not None and self._connection.attempt is self:
+            if self._connection is not None:
                 self._connection.attempt = None
                 self._connection.used_at = time.monotonic()
-                self.watch.notify(self._connection.used_at + IDLE_REUSE_S)
             self._connection = None
             self._socket = None
-        self.watch.discard(self)
+        self.watch.attempts.discard(self)
+        self.watch.notify(time.monotonic() + IDLE_REUSE_S)
 
     def shut(self) -> None:
         """Shut the socket in both directions, so that the reader wakes and vLLM stops."""
@@ -1479,31 +1369,15 @@ class _Attempt:
                 self.expired = True
                 self.shut()
 
-    def begin_wait(self) -> None:
-        """Wait for the server from now on."""
-        self.clock.begin_wait(time.monotonic())
-        self.watch.notify(self.clock.due_at)
-
-    def shorten(self, seconds: float) -> None:
-        """Allow no more than so many seconds from now on."""
-        self.clock.shorten(time.monotonic(), seconds)
-        self.watch.notify(self.clock.due_at)
-
-    def drain(self) -> None:
-        """Wait a moment for the bytes after the end of a stream."""
-        self.clock.drain(time.monotonic())
-        self.watch.notify(self.clock.due_at)
-
     def timeout_error(self) -> LLMTimeoutError:
         """Return the error for the limit that ran out."""
         limits = self.call.limits
-        now = time.monotonic()
-        is_final = now >= self.call.deadline_at
+        is_final = self.call.time_left_s() <= 0
 
         if is_final:
             happened = f"deadline of {limits.deadline:g} s reached"
             advice = "give the call more time"
-        elif not self.connected and now < self.clock.due_at - POLL_S:
+        elif not self.connected and self.time_left_s() > POLL_S:
             happened = "no connection in time"
             advice = "is the host right, and does a firewall block it? (connect_timeout)"
         elif self.clock.limit == "timeout":
@@ -1523,81 +1397,66 @@ class _Watch:
 
     def __init__(self) -> None:
         self.lock = threading.RLock()
-        self._attempts: set[_Attempt] = set()
-        self._connections: set[_Connection] = set()
+        self.attempts: set[_Attempt] = set()
+        self.connections: set[_Connection] = set()  # the open ones
         self._wakeups: queue.SimpleQueue[None] = queue.SimpleQueue()
         self._wakes_at = math.inf
         self._is_running = False
 
     def add(self, attempt: _Attempt) -> None:
-        """Watch an attempt."""
         with self.lock:
-            self._attempts.add(attempt)
+            self.attempts.add(attempt)
             if not self._is_running:
                 self._start()
         self.notify(attempt.clock.due_at)
-
-    def discard(self, attempt: _Attempt) -> None:
-        """Watch an attempt no longer."""
-        self._attempts.discard(attempt)
-
-    def add_connection(self, connection: "_Connection") -> None:
-        """Watch an open connection."""
-        self._connections.add(connection)
-
-    def discard_connection(self, connection: "_Connection") -> None:
-        """Forget a connection that is closed."""
-        self._connections.discard(connection)
 
     def notify(self, due_at: float) -> None:
         """Wake the thread if something is due before it would look."""
         if due_at < self._wakes_at:
             self._wakeups.put(None)
 
-    def close_connections(self, idle_since: float = math.inf) -> None:
+    def close_connections(self, used_before: float = math.inf) -> None:
         """Close the connections that no attempt uses and that were last used before a time."""
-        for connection in tuple(self._connections):
+        for connection in tuple(self.connections):
             with self.lock:
-                if connection.attempt is None and connection.used_at <= idle_since:
+                if connection.attempt is None and connection.used_at <= used_before:
                     connection.close()
 
     def _start(self) -> None:
-        arguments = (weakref.ref(self), self._wakeups)  # the thread keeps no client alive
-        thread = threading.Thread(
-            target=_run_watch, args=arguments, name="vllm_provider watch", daemon=True
-        )
+        # A weak reference: the thread keeps no client alive.
+        arguments = (weakref.ref(self), self._wakeups)
+        thread = threading.Thread(target=_run_watch, args=arguments, daemon=True)
+        thread.name = "vllm_provider watch"
         with suppress(RuntimeError):  # at the exit of the interpreter no thread can start
             thread.start()
             self._is_running = True
             weakref.finalize(self, self._wakeups.put, None).atexit = False
 
     def end_due(self) -> float | None:
-        """End what is due; return the seconds until the next, None with nothing left to watch."""
+        """End what is due; return the seconds until the next is, None with nothing to watch."""
         self._wakes_at = math.inf  # until it is known, whoever has something due says so
         now = time.monotonic()
-
-        self.close_connections(now - IDLE_REUSE_S)
-        for attempt in tuple(self._attempts):
+        for attempt in tuple(self.attempts):
             attempt.expire(now)
+        self.close_connections(now - IDLE_REUSE_S)
 
         with self.lock:
-            if not self._attempts and not self._connections:
+            if not self.attempts and not self.connections:
                 self._is_running = False
                 return None
             self._wakes_at = min(self._list_due(), default=math.inf)
         return max(0.0, self._wakes_at - now)
 
     def _list_due(self) -> Iterator[float]:
-        for attempt in tuple(self._attempts):
+        for attempt in tuple(self.attempts):
             if not attempt.expired:
                 yield attempt.clock.due_at
-        for connection in tuple(self._connections):
+        for connection in tuple(self.connections):
             if connection.attempt is None:
                 yield connection.used_at + IDLE_REUSE_S
 
 
 def _run_watch(reference: "weakref.ref[_Watch]", wakeups: "queue.SimpleQueue[None]") -> None:
-    """End what is due, again and again, until there is nothing to watch."""
     while (watch := reference()) is not None:
         wait_s = watch.end_due()
         if wait_s is None:
@@ -1618,7 +1477,6 @@ class _Response(http.client.HTTPResponse):
     """A reply that passes over informational ones; http.client knows 100 alone (RFC 9110, 15.2)."""
 
     def begin(self) -> None:
-        """Read the status line and the headers of the final reply."""
         if self.headers is None and self.fp.peek(1):
             _CURRENT_ATTEMPT.get().received = True
         super().begin()
@@ -1644,17 +1502,14 @@ class _Connection(urllib3.connection.HTTPConnection):
         return time.monotonic() - self.used_at < IDLE_REUSE_S and super().is_connected
 
     def connect(self) -> None:
-        """Open the connection for the current attempt."""
         super().connect()
         self.sock.settimeout(None)  # from here on the watch keeps the time
-
         attempt = _CURRENT_ATTEMPT.get()
         self._watch = attempt.watch
-        self._watch.add_connection(self)
+        self._watch.connections.add(self)
         attempt.attach(self, reused=False)
 
     def request(self, *args: Any, **options: Any) -> None:
-        """Send a request of the current attempt."""
         attempt = _CURRENT_ATTEMPT.get()
         with attempt.watch.lock:  # until now the watch may have closed it
             if self.sock is not None and not attempt.connected:
@@ -1662,43 +1517,27 @@ class _Connection(urllib3.connection.HTTPConnection):
         super().request(*args, **options)
 
     def close(self) -> None:
-        """Close the connection, which nobody needs to watch any longer."""
         if self._watch is not None:
-            self._watch.discard_connection(self)
+            self._watch.connections.discard(self)
         super().close()
 
 
-def _hand_over_sockets(manager: Any) -> None:
-    """Make a pool manager's connections hand their sockets over, whatever kind they are."""
-    classes = {}
-    for scheme, pool in manager.pool_classes_by_scheme.items():
-        if not issubclass(pool.ConnectionCls, _Connection):
-            connection = type("_Connection", (_Connection, pool.ConnectionCls), {})
-            pool = type("_Pool", (pool,), {"ConnectionCls": connection})  # noqa: PLW2901
-        classes[scheme] = pool
-    manager.pool_classes_by_scheme = classes
-
-
 class _Adapter(HTTPAdapter):
-    """requests' adapter with our connections, to the server and through proxies."""
+    """requests' adapter, whose connections hand their sockets over, whatever kind they are."""
 
-    def init_poolmanager(self, *args: Any, **options: Any) -> None:
-        """Make the pools for direct connections."""
-        super().init_poolmanager(*args, **options)
-        _hand_over_sockets(self.poolmanager)
-
-    def proxy_manager_for(self, proxy: str, **options: Any) -> Any:
-        """Return the pools for a proxy."""
-        manager = super().proxy_manager_for(proxy, **options)
-        _hand_over_sockets(manager)
-        return manager
+    def get_connection_with_tls_context(self, *args: Any, **options: Any) -> Any:
+        pool: Any = super().get_connection_with_tls_context(*args, **options)
+        kind = pool.ConnectionCls
+        if not issubclass(kind, _Connection):
+            pool.ConnectionCls = type("_Connection", (_Connection, kind), {})
+        return pool
 
 
 class _Session(requests.Session):
     """A session that follows no redirect: it would carry the prompt to another place."""
 
     def get_redirect_target(self, resp: requests.Response) -> None:
-        """Return no target."""
+        return None
 
 
 class _Network:
@@ -1708,12 +1547,11 @@ class _Network:
         self.watch = _Watch()
         self.calls = _CallGroup()
         self.session = _Session()
-        scheme = config.base_url.partition("//")[0]
+        url = config.base_url
         maximum = CONNECTIONS_PER_CALL * config.max_concurrency
-        self.session.mount(f"{scheme}//", _Adapter(pool_maxsize=maximum))
+        self.session.mount(url.partition("//")[0] + "//", _Adapter(pool_maxsize=maximum))
 
         # Proxies, CA bundle and headers are worked out once: half the CPU of a small call.
-        url = config.base_url
         environment = self.session.merge_environment_settings(url, {}, True, config.verify, None)
         self.settings: dict[str, Any] = {**environment, "allow_redirects": False}
         if re.fullmatch(r"localhost|127(\.\d+){3}|::1", urlsplit(url).hostname or ""):
@@ -1730,12 +1568,6 @@ class _Network:
         headers |= config.default_headers
         # Not Session.prepare_request(): it puts a .netrc entry in the place of our key.
         self.template = requests.Request("POST", url, headers).prepare()
-
-    def close(self) -> None:
-        """Stop the calls in flight and close all connections."""
-        self.calls.stop()
-        self.session.close()
-        self.watch.close_connections()
 
 
 class _Transport:
@@ -1757,7 +1589,9 @@ class _Transport:
         """Stop the calls in flight and close all connections; a later call opens new ones."""
         network = self._networks.pop(os.getpid(), None)
         if network is not None:
-            network.close()
+            network.calls.stop()
+            network.session.close()
+            network.watch.close_connections()  # the pools would leave that to the collector
 
     @contextmanager
     def call(self, call: _Call) -> Iterator[_Call]:
@@ -1777,10 +1611,10 @@ class _Transport:
         finally:
             call.end()
             for group in groups:
-                group.discard(call)
+                group.calls.discard(call)
 
     def send(
-        self, call: _Call, method: str, path: str, body: bytes | None, *, is_fresh: bool = False
+        self, call: _Call, facts: _RequestFacts, body: bytes | None, *, is_fresh: bool
     ) -> _Attempt:
         """Return one attempt with its reply, whatever its status, once the headers have arrived.
 
@@ -1788,31 +1622,30 @@ class _Transport:
         ProtocolError, or ConfigurationError for what requests will not send.
         """
         network = self._network()
-        url = self._config.base_url + path
-        attempt = _Attempt(call, network.watch, f"{method} {url}", is_fresh)
+        attempt = _Attempt(call, network.watch, facts, is_fresh)
         call.begin_attempt(attempt)
+        call.check()
 
+        size = len(body or b"")
         request = network.template.copy()
-        request.method = method
-        request.url = url
+        request.method, request.url = facts.where.split(" ", 1)
         request.body = body
+        request.headers["Content-Length"] = str(size)
         request.headers.setdefault("X-Request-Id", call.wire_id())
-        request.headers["Content-Length"] = str(len(body or b""))
-        logger.debug("%s, %d bytes, request %s", attempt.where, len(body or b""), call.wire_id())
+        logger.debug("%s, %d bytes, request %s", facts.where, size, call.wire_id())
 
         network.watch.add(attempt)
         attempt.response = self._exchange(network, attempt, request)
         status = attempt.response.status_code
-        logger.debug("%s: %d, request %s", attempt.where, status, call.wire_id())
+        logger.debug("%s: %d, request %s", facts.where, status, call.wire_id())
         return attempt
 
     def _exchange(
         self, network: _Network, attempt: _Attempt, request: requests.PreparedRequest
     ) -> requests.Response:
         """Return the reply to a request; translate what requests and urllib3 raise."""
-        left = attempt.clock.due_at - time.monotonic()
-        connect = max(0.001, min(self._config.connect_timeout, left))
-        timeout = (None if connect > MAX_WAIT_S else connect, None)
+        connect_s = min(self._config.connect_timeout, attempt.time_left_s(), MAX_WAIT_S)
+        timeout = (max(0.001, connect_s), None)
 
         outer = sys.exception()
         token = _CURRENT_ATTEMPT.set(attempt)
@@ -1829,20 +1662,23 @@ class _Transport:
             raise cause
         raise _to_network_error(failure, cause, attempt) from cause
 
-    def read(self, attempt: _Attempt, maximum: int | None) -> Generator[bytes, None, None]:
+    def read(self, attempt: _Attempt, maximum: float = math.inf) -> Generator[bytes, None, None]:
         """Yield the reply's bytes as they arrive.
 
         Read to its end, the connection can be used again; left earlier, it is closed. `maximum`:
         in bytes. Raises StreamError, LLMTimeoutError, ProtocolError or AbortError.
         """
+        too_large = f"the reply is larger than {maximum} bytes: {attempt.where}"
         size = 0
         try:
-            _check_headers(attempt, maximum)
+            is_error = attempt.response.status_code != 200  # of which a part is better than nothing
+            if _check_headers(attempt) > maximum and not is_error:
+                raise ProtocolError(too_large)
+
             while piece := self._read_piece(attempt):
                 size += len(piece)
-                if maximum is not None and size > maximum:
-                    yield piece[: len(piece) - (size - maximum)]
-                    raise _too_large(maximum, attempt.where)
+                if size > maximum:
+                    raise ProtocolError(too_large)
                 yield piece
         finally:
             attempt.response.close()
@@ -1851,12 +1687,13 @@ class _Transport:
     def _read_piece(self, attempt: _Attempt) -> bytes:
         """Return the bytes that arrive next, b"" at the end of the reply."""
         outer = sys.exception()
+        cause: BaseException | None = None
+        piece = b""
         attempt.begin_wait()
         try:
-            piece: bytes = attempt.response.raw.read1(READ_BYTES)
-            cause: BaseException | None = None
+            piece = attempt.response.raw.read1(READ_BYTES)
         except _IO_ERRORS as error:
-            piece, cause = b"", _root_cause(error, outer)
+            cause = _root_cause(error, outer)
         attempt.clock.end_wait()
 
         if piece:
@@ -1867,22 +1704,21 @@ class _Transport:
         if attempt.expired:
             raise attempt.timeout_error() from cause
         if cause is not None:
-            reason = _describe_break(cause)
+            reason = _reason(cause)
+            if isinstance(cause, ValueError | http.client.HTTPException):  # in a chunk
+                reason = "the connection was closed; look at the server's log"
             raise StreamError(f"the reply broke off: {attempt.where}: {reason}") from cause
         return b""
 
 
 _IO_ERRORS: Final = (
-    requests.RequestException,
-    urllib3.exceptions.HTTPError,
-    http.client.HTTPException,
-    OSError,
+    requests.RequestException, urllib3.exceptions.HTTPError, http.client.HTTPException, OSError,
     ValueError,
-)
+)  # fmt: skip
 
 
-def _check_headers(attempt: _Attempt, maximum: int | None) -> None:
-    """Raise ProtocolError for a reply that is encoded, or larger than `maximum` bytes."""
+def _check_headers(attempt: _Attempt) -> int:
+    """Return the size that a reply announces, 0 for none; raise ProtocolError if it is encoded."""
     headers = attempt.response.headers
     encoding = headers.get("Content-Encoding", "").strip().lower()
     if encoding not in ("", "identity"):
@@ -1891,13 +1727,7 @@ def _check_headers(attempt: _Attempt, maximum: int | None) -> None:
         )
 
     length = headers.get("Content-Length", "")
-    if maximum is not None and length.isdecimal() and int(length) > maximum:
-        raise _too_large(maximum, attempt.where)
-
-
-def _too_large(maximum: int, where: str) -> ProtocolError:
-    """Return the error for a reply over its limit."""
-    return ProtocolError(f"the reply is larger than {maximum} bytes: {where}")
+    return int(length) if length.isdecimal() else 0
 
 
 def _root_cause(error: BaseException, outer: BaseException | None) -> BaseException:
@@ -1926,7 +1756,6 @@ def _is_from_signal_handler(error: BaseException) -> bool:
 
 
 def _describe_break(cause: BaseException) -> str:
-    """Return why a reply broke off."""
     if isinstance(cause, ValueError | http.client.HTTPException):
         return "the connection was closed; look at the server's log"  # of a chunk there was a part
     return str(getattr(cause, "strerror", None) or cause).lower()
@@ -1935,28 +1764,27 @@ def _describe_break(cause: BaseException) -> str:
 def _to_network_error(error: Exception, cause: BaseException, attempt: _Attempt) -> VLLMError:
     """Return our error for one raised before there was a reply; most specific first."""
     origin = "{0.scheme}://{0.netloc}".format(urlsplit(attempt.where.split()[1]))
+    failed = f"no connection to {origin}"
 
     is_timeout = isinstance(error, requests.Timeout) or isinstance(cause, TimeoutError)
     if attempt.expired or (is_timeout and not attempt.connected):
         return attempt.timeout_error()
     if isinstance(cause, ssl.SSLError) and not attempt.received:
-        return _to_tls_error(cause, origin)
+        return _to_tls_error(cause, failed, origin)
     if isinstance(cause, socket.gaierror):
-        message = f"no connection to {origin}: unknown host; is base_url spelled right?"
+        message = f"{failed}: unknown host; is base_url spelled right?"
         return NetworkError(message, retryable=False)
     if isinstance(error, requests.exceptions.ProxyError):
-        return NetworkError(
-            f"no connection to {origin}: its proxy failed ({cause}); check HTTPS_PROXY and NO_PROXY"
-        )
-    return _to_plain_error(error, cause, attempt, origin)
+        return NetworkError(f"{failed}: its proxy failed ({cause}); check HTTPS_PROXY and NO_PROXY")
+    if attempt.received:
+        return _to_reply_error(cause, attempt.where)
+    return _to_plain_error(error, cause, attempt, failed)
 
 
 def _to_plain_error(
-    error: Exception, cause: BaseException, attempt: _Attempt, origin: str
+    error: Exception, cause: BaseException, attempt: _Attempt, failed: str
 ) -> VLLMError:
-    """Return the error for a connection without TLS or proxy."""
-    if attempt.received:
-        return _to_reply_error(cause, attempt.where)
+    """Return the error for a request that got no reply, without TLS or proxy."""
     if isinstance(error, ValueError):  # the parent of what requests and urllib3 will not send
         return ConfigurationError(f"requests will not send {attempt.where}: {error}")
     if "CA certificate bundle" in str(cause):
@@ -1966,9 +1794,12 @@ def _to_plain_error(
             f"closed before a reply: {attempt.where} ({cause}); is vLLM still running, and is it"
             " http there?"
         )
-    reason = str(getattr(cause, "strerror", None) or cause).lower()
-    advice = f"is vLLM running? (curl {origin}/health)"
-    return NetworkError(f"no connection to {origin}: {reason}; {advice}")
+    origin = failed.split()[-1]
+    return NetworkError(f"{failed}: {_reason(cause)}; is vLLM running? (curl {origin}/health)")
+
+
+def _reason(cause: BaseException) -> str:
+    return str(getattr(cause, "strerror", None) or cause).lower()
 
 
 def _to_reply_error(cause: BaseException, where: str) -> VLLMError:
@@ -1981,13 +1812,11 @@ def _to_reply_error(cause: BaseException, where: str) -> VLLMError:
     )
 
 
-def _to_tls_error(cause: ssl.SSLError, origin: str) -> NetworkError:
+def _to_tls_error(cause: ssl.SSLError, failed: str, origin: str) -> NetworkError:
     """Return the error for a TLS handshake that failed, with the advice that fits."""
     if isinstance(cause, ssl.SSLEOFError | ssl.SSLZeroReturnError):
-        return NetworkError(
-            f"no connection to {origin}: the server closed the TLS handshake; is it starting or"
-            " stopping?"
-        )
+        advice = "is it starting or stopping?"
+        return NetworkError(f"{failed}: the server closed the TLS handshake; {advice}")
 
     reason = str(cause.reason or cause)
     advice = f"does {origin} speak https?"
@@ -1996,57 +1825,47 @@ def _to_tls_error(cause: ssl.SSLError, origin: str) -> NetworkError:
         advice = "set verify to the CA bundle that signed the server's certificate"
         if "expired" in reason:
             advice = "the server's certificate must be renewed (or this machine's clock set)"
-        elif "ostname mismatch" in reason or "IP address mismatch" in reason:
+        elif "mismatch" in reason:  # of a host name or an IP address
             advice = "set base_url to a name in the server's certificate"
-    message = f"no connection to {origin}: TLS failed ({reason}); {advice}"
-    return NetworkError(message, retryable=False)
+    return NetworkError(f"{failed}: TLS failed ({reason}); {advice}", retryable=False)
+
+
+def _is_stale(error: VLLMError, attempt: _Attempt) -> bool:
+    """Return whether the server had closed an idle connection before the request came."""
+    return isinstance(error, NetworkError) and attempt.reused and not attempt.received
 
 
 def _is_unstarted(error: VLLMError, attempt: _Attempt) -> bool:
     """Return whether a request may be sent again: it has not started, or a gateway refused it."""
     if isinstance(error, NetworkError):
         return error.retryable and not attempt.connected
-    is_starting = isinstance(error, ProviderUnavailableError) and error.status_code in (
-        403,
-        404,
-        425,
-    )
-    return is_starting or error.status_code in RETRIED_STATUS
-
-
-def _backoff_s(config: VLLMConfig, attempt: int, retry_after_s: float | None = None) -> float:
-    """Return the pause in seconds before retry number `attempt` (the first is 1).
-
-    Between d/2 and d, where d doubles from min_retry_delay to max_retry_delay. It comes on top of
-    the server's Retry-After, so that not all clients return at the same instant.
-
-    >>> config = VLLMConfig("http://localhost:8000", min_retry_delay=1)
-    >>> 7.5 <= _backoff_s(config, 1, retry_after_s=7) <= 8
-    True
-    """
-    doubled = config.min_retry_delay * 2.0 ** min(attempt - 1, 60)
-    delay = min(config.max_retry_delay, doubled)
-    return (retry_after_s or 0.0) + random.uniform(delay / 2, delay)
+    if isinstance(error, ProviderUnavailableError) and error.status_code in (403, 404, 425):
+        return True  # the page of a gateway whose server is starting
+    return error.status_code in RETRIED_STATUS
 
 
 def _retry_pause_s(config: VLLMConfig, error: VLLMError, attempt: int, time_left_s: float) -> float:
-    """Return the pause in seconds before a retry; raise the error where it would be too long."""
-    if (error.retry_after or 0.0) > config.max_retry_delay:
+    """Return the pause in seconds before retry number `attempt` (the first is 1).
+
+    Between d/2 and d, where d doubles from min_retry_delay to max_retry_delay. It comes on top of
+    the server's Retry-After, so that not all clients return at the same instant. Raises the error
+    where Retry-After is above max_retry_delay, LLMTimeoutError where the deadline comes first.
+    """
+    retry_after_s = error.retry_after or 0.0
+    if retry_after_s > config.max_retry_delay:
         raise error
 
-    pause = _backoff_s(config, attempt, error.retry_after)
-    if pause >= time_left_s:
-        raise LLMTimeoutError(
-            f"the deadline leaves no time to try again: {error}",
-            retryable=False,
-            status_code=error.status_code,
-        ) from error
-    return pause
+    doubled = config.min_retry_delay * 2.0 ** min(attempt - 1, 60)
+    delay_s = min(config.max_retry_delay, doubled)
+    pause_s = retry_after_s + random.uniform(delay_s / 2, delay_s)
+    if pause_s < time_left_s:
+        return pause_s
+    message = f"the deadline leaves no time to try again: {error}"
+    raise LLMTimeoutError(message, retryable=False, status_code=error.status_code) from error
 
 
 # ---- Stream decoder (pure) --------------------------------------------------
 
-_BYTE_ORDER_MARK: Final = b"\xef\xbb\xbf"
 _END_OF_STREAM: Final = "[DONE]"
 
 
@@ -2062,140 +1881,111 @@ class _SSEDecoder:
     """
 
     def __init__(self) -> None:
+        self._byte_order_mark = b"\xef\xbb\xbf"  # b"" after the first line
         self._pieces: list[bytes] = []  # of a line that has not ended
+        self._piece_bytes = 0
         self._data: list[bytes] = []  # the data lines of an event that has not ended
-        self._pending_bytes = 0  # in both
+        self._data_bytes = 0
         self._after_cr = False
-        self._at_start = True
+        self._is_between = False  # two events, with nothing pending
 
     def feed(self, raw: bytes) -> list[str]:
         """Return the data of the events that `raw` completes.
 
         Raises ProtocolError for an event over MAX_EVENT_BYTES.
         """
-        if raw.startswith(b"data: ") and raw.find(b"\n") == len(raw) - 2 and self._is_event(raw):
+        if (
+            self._is_between
+            and raw.startswith(b"data: {")
+            and raw.find(b"\n") == len(raw) - 2
+            and raw.endswith(b"\n\n")
+            and b"\r" not in raw
+        ):
             return [raw[6:-2].decode("utf-8", "replace")]  # one event, as vLLM sends them: faster
-
-        if self._after_cr and raw:
-            raw = raw.removeprefix(b"\n")  # the CR before it has ended the line already
-            self._after_cr = False
         if not raw:
             return []
 
-        lines = raw.splitlines(keepends=True)
+        text = raw.removeprefix(b"\n") if self._after_cr else raw  # the CR has ended that line
         self._after_cr = raw.endswith(b"\r")
-        rest = b"" if raw.endswith((b"\n", b"\r")) else lines.pop()
+        lines = (text + b"|").splitlines()  # with a last line that has not ended
+        rest = lines.pop()[:-1]
         events = self._read_lines(lines)
 
-        if rest:
-            self._pieces.append(rest)
-            self._pending_bytes += len(rest)
-        if self._pending_bytes > MAX_EVENT_BYTES:
+        self._pieces.append(rest)
+        self._piece_bytes += len(rest)
+        if self._piece_bytes + self._data_bytes > MAX_EVENT_BYTES:
             raise ProtocolError(f"an event of the stream is larger than {MAX_EVENT_BYTES} bytes")
+        self._is_between = not (self._piece_bytes or self._data or self._after_cr)
         return events
 
     def finish(self) -> list[str]:
         """Return what the end of the connection completes: [DONE] counts without its blank line."""
-        if self._pieces:
-            self._read_lines([b""])  # the end of the last line
-        pending = b"\n".join(self._data).decode("utf-8", "replace")
-        return [_END_OF_STREAM] if pending == _END_OF_STREAM else []
-
-    def _is_event(self, raw: bytes) -> bool:
-        """Return whether bytes with one LF before the last are an event by themselves."""
-        is_between = not (self._pieces or self._data or self._after_cr or self._at_start)
-        return is_between and raw.endswith(b"\n\n") and b"\r" not in raw
+        return [_END_OF_STREAM] if _END_OF_STREAM in self.feed(b"\n\n") else []
 
     def _read_lines(self, lines: list[bytes]) -> list[str]:
-        """Return the data of the events that these lines complete; the first may end one."""
-        if lines and self._pieces:
-            lines[0] = b"".join((*self._pieces, lines[0]))
-            self._pieces = []
+        """Return the data of the events that these lines complete; the first ends `_pieces`."""
+        if not lines:
+            return []
+
+        first = b"".join((*self._pieces, lines[0]))
+        lines[0] = first.removeprefix(self._byte_order_mark)
+        self._byte_order_mark = b""
+        self._pieces = []
+        self._piece_bytes = 0
 
         events = []
-        for whole_line in lines:
-            line = whole_line.rstrip(b"\r\n")
-            if self._at_start:
-                line = line.removeprefix(_BYTE_ORDER_MARK)
-                self._at_start = False
-
-            if line.startswith(b"data:"):
-                self._data.append(line[5:].removeprefix(b" "))
-                self._pending_bytes += len(line)
-            elif line == b"data":
-                self._data.append(b"")
-            elif not line and self._data:
+        for line in lines:
+            name, _, value = line.partition(b":")
+            if name == b"data":
+                self._data.append(value.removeprefix(b" "))
+                self._data_bytes += len(line)
+            elif not line:
                 data = b"\n".join(self._data).decode("utf-8", "replace")
                 self._data = []
-                self._pending_bytes = 0
+                self._data_bytes = 0
                 if data:
                     events.append(data)
         return events
 
 
 # ---- Replies: errors (pure) -------------------------------------------------
-#
-# What vLLM says when a prompt (p tokens) or max_tokens (o) does not fit a context of M tokens,
-# always with status 400, in the versions given:
-#
-#   0.10.0      maximum context length is M tokens. However, you requested p+o tokens (p in the
-#               messages, o in the completion)
-#   0.10.1-0.15 maximum context length is M tokens. However, your request has p input tokens
-#               (completions print M - o in the place of M, which may be negative)
-#   0.10.1-0.17 'max_tokens' or 'max_completion_tokens' is too large: o. ... maximum context
-#               length is M tokens and your request has p input tokens (o > M - p)
-#   0.16-0.17   You passed p input tokens and requested o output tokens. However, the model's
-#               context length is only M tokens
-#   0.18-0.31   maximum context length is M tokens. However, you requested o output tokens and
-#               your prompt contains [at least] p input tokens
-#   0.32        maximum context length is M tokens. However, your prompt contains [at least] p
-#               input tokens
-#   0.18-       Input length (p) exceeds model's maximum context length (M)
-#   0.10.1-     max_tokens must be at least 1, got M - p
-#   all         The decoder prompt (length p) is longer than the maximum model length of M
-#   0.16-0.32   max_tokens=o cannot be greater than max_model_len=M (or max_total_tokens=M)
-#
-# "at least": the server stopped counting, so p is a lower bound.
 
-_OUTPUT_TOO_LARGE: Final = re.compile(
-    r"max_(?:completion_)?tokens=\d+ ?cannot be greater"
-    r"|'max_tokens' \(\d+\) cannot be greater"
-    r"|tokens' is too large: \d"
-)
-_DOES_NOT_FIT: Final = re.compile(
-    r"maximum context length|maximum model length|context length is only \d"
-    r"|max_tokens must be at least 1, got -?\d"
-)
-_CONTEXT_LENGTH: Final = re.compile(
-    r"(?:context length(?: is(?: only)?)? \(?|maximum model length of "
-    r"|max_model_len=(?:max_total_tokens=)?)(-?\d+)"
-)
-_INPUT_TOKENS: Final = re.compile(
-    r"Input length \((\d+)\)|prompt \(length (\d+)\)"
-    r"|(?:request has|prompt contains|You passed)(?: at least)? (\d+) input tokens"
-    r"|requested \d+ tokens \((\d+) in the messages|requested (\d+) tokens in the messages"
-)
-_AVAILABLE_TOKENS: Final = re.compile(r"max_tokens must be at least 1, got (-?\d+)")
-_LOWER_BOUND: Final = re.compile(r"at least \d+ input tokens")
+# What vLLM says when a prompt (p tokens) or max_tokens (o) does not fit a context of M, always
+# with status 400, in the versions given. N is M, but M - o (maybe negative) from completions.
+# "at least": the server stopped counting, so p is a lower bound.
+_NUMBERS: Final = {name: rf"(?P<{name}>-?\d+)" for name in ("M", "N", "p", "o", "left")}
+_OVERFLOW_TEXTS: Final = [
+    re.compile(text.format_map(_NUMBERS))
+    for text in (
+        r"tokens' is too large: {o}.*length is {M} tokens and your request has {p}",  # 0.10.1-0.17
+        r"max_(?:completion_)?tokens={o} ?cannot be greater than [a-z_=]+{M}",  # 0.16-
+        r"'max_tokens' \({o}\) cannot be greater than .*length \({M}\)",  # 0.10.1-0.15
+        r"max_tokens must be at least 1, got {left}",  # 0.10.1-, M - p
+        r"length is {M} tokens\. However, you requested \d+ tokens \({p} in the messages",  # 0.10.0
+        r"length is {M} tokens\. However, you requested {p} tokens in the messages",  # 0.10.0
+        r"length is {N} tokens\. However, your request has {p} input tokens",  # 0.10.1-0.15
+        r"You passed {p} input tokens .*length is only {M} tokens",  # 0.16-0.17
+        r"length is {M} tokens\. However, .*prompt contains (?:at least )?{p} input",  # 0.18-
+        r"Input length \({p}\) exceeds model's maximum context length \({M}\)",  # 0.18-
+        r"prompt \(length {p}\) .*maximum model length of {M}",  # all
+        r"context length is only {M}",  # 0.16-0.17, for a prompt counted in characters
+        r"maximum (?:context|model) length(?: is {M})?",  # 0.18- in characters, gateways
+    )
+]
 
 _NAN: Final = "Out of range float values are not JSON compliant"
-_ADVICE_BY_TEXT: Final = (
-    (
-        "tool-call-parser",
-        "start vLLM with --enable-auto-tool-choice --tool-call-parser NAME, or send no tools",
+_ADVICE_BY_TEXT: Final = {
+    "tool-call-parser": (
+        "start vLLM with --enable-auto-tool-choice --tool-call-parser NAME, or send no tools"
     ),
-    (
-        "--trust-request-chat-template",
-        "start vLLM with that flag, or send no chat_template",
+    "--trust-request-chat-template": "start vLLM with that flag, or send no chat_template",
+    "must provide a chat template": (
+        "this model has no chat template: use complete(), or start vLLM with --chat-template FILE"
     ),
-    (
-        "must provide a chat template",
-        "this model has no chat template: use complete(), or start vLLM with --chat-template FILE",
-    ),
-    ("EngineCore", "the engine has died: look at the server's log and start it again"),
-    ("greater than max allowed", "ask for fewer, or start vLLM with --max-logprobs N"),
-    (_NAN, "the model computed NaN: try without logprobs, or another --dtype"),
-)
+    "EngineCore": "the engine has died: look at the server's log and start it again",
+    "greater than max allowed": "ask for fewer, or start vLLM with --max-logprobs N",
+    _NAN: "the model computed NaN: try without logprobs, or another --dtype",
+}
 _ADVICE_BY_STATUS: Final[Mapping[int, str]] = {
     401: "set api_key or VLLM_API_KEY to the key the server was started with",
     403: "the key may not do this, or a gateway hides the path",
@@ -2206,6 +1996,7 @@ _ADVICE_BY_STATUS: Final[Mapping[int, str]] = {
     503: "the server is busy or starting: try again later",
     504: "a proxy gave up waiting; vLLM may still be at work",
 }
+_RETRYABLE_BY_STATUS: Final = {408: True, 425: True, 501: False}  # others: by the error's class
 
 
 class _Overflow(NamedTuple):
@@ -2247,35 +2038,24 @@ def _read_overflow(
     >>> _read_overflow(text, facts)
     _Overflow(context_length=2048, input_tokens=5, is_lower_bound=False, is_output_alone=False)
     """
-    is_output_alone = bool(_OUTPUT_TOO_LARGE.search(message))
-    if not is_output_alone and not _DOES_NOT_FIT.search(message):
-        return None
-
-    length_match = _CONTEXT_LENGTH.search(message)
-    if length_match is not None:
-        context_length = int(length_match.group(1))
-        is_reduced = "your request has" in message and not is_output_alone
-        if is_reduced and facts.is_completion:  # completions of 0.10.1-0.15 print M - o
-            sent = SERVER_MAX_TOKENS if facts.max_tokens is None else facts.max_tokens
-            context_length += sent
-
-    input_tokens = _first_number(_INPUT_TOKENS.search(message))
-    available_match = _AVAILABLE_TOKENS.search(message)
-    if available_match is not None:
-        if facts.max_tokens is not None and facts.max_tokens <= 0:
-            return None  # that number is the caller's own
-        if context_length is not None:
-            input_tokens = context_length - int(available_match.group(1))
-
-    is_lower_bound = bool(_LOWER_BOUND.search(message))
-    return _Overflow(context_length, input_tokens, is_lower_bound, is_output_alone)
-
-
-def _first_number(match: "re.Match[str] | None") -> int | None:
-    """Return the number of the group that matched."""
+    match = next(filter(None, (text.search(message) for text in _OVERFLOW_TEXTS)), None)
     if match is None:
         return None
-    return next(int(group) for group in match.groups() if group is not None)
+
+    numbers = {name: int(text) for name, text in match.groupdict().items() if text}
+    sent = SERVER_MAX_TOKENS if facts.max_tokens is None else facts.max_tokens
+
+    context_length = numbers.get("M", context_length)
+    input_tokens = numbers.get("p")
+    if "N" in numbers:
+        context_length = numbers["N"] + sent * facts.is_completion
+    if "left" in numbers and sent <= 0:
+        return None  # that number is the caller's own
+    if "left" in numbers and context_length is not None:
+        input_tokens = context_length - numbers["left"]
+
+    is_lower_bound = f"at least {input_tokens} input" in message
+    return _Overflow(context_length, input_tokens, is_lower_bound, "o" in numbers)
 
 
 def _lower_max_tokens(
@@ -2291,11 +2071,10 @@ def _lower_max_tokens(
 def _overflow_error(
     overflow: _Overflow, facts: _RequestFacts, message: str = "", status: int | None = None
 ) -> ContextLengthError:
-    """Return the error for a prompt that does not fit."""
-    count = "it has too many tokens"
-    if overflow.input_tokens is not None:
-        bound = "at least " if overflow.is_lower_bound else ""
-        count = f"{bound}{overflow.input_tokens} tokens"
+    bound = "at least " if overflow.is_lower_bound else ""
+    count = f"{bound}{overflow.input_tokens} tokens"
+    if overflow.input_tokens is None:
+        count = "it has too many tokens"
 
     size = overflow.context_length or "unknown size"
     error = ContextLengthError(
@@ -2317,37 +2096,34 @@ def _error_message(payload: object) -> tuple[str, int | None]:
     ('Not Found', None)
     """
     error = payload
-    if isinstance(payload, Mapping):
-        error = payload.get("error") or payload.get("detail") or payload
-    if isinstance(error, Mapping) and isinstance(error.get("error"), Mapping):
-        error = error["error"]
-
     if isinstance(error, Mapping):
-        message = error["message"] if "message" in error else json.dumps(error)
-        return str(message or ""), _to_status(error.get("code"))
-    if isinstance(error, str):
-        return error, None
-    return "" if error is None else json.dumps(error), None
+        error = error.get("error") or error.get("detail") or error
+    if isinstance(error, Mapping):
+        error = error.get("error") or error  # some gateways wrap it twice
 
-
-def _to_status(code: object) -> int | None:
-    """Return an error's code if it is an HTTP error's."""
-    is_number = isinstance(code, int) and not isinstance(code, bool)
-    return code if is_number and 400 <= code <= 599 else None  # type: ignore[operator,return-value]
+    code = None
+    if isinstance(error, Mapping):
+        code = error.get("code")
+        error = error.get("message", error)
+    if not error:
+        error = ""
+    elif not isinstance(error, str):
+        error = json.dumps(error)
+    is_status = isinstance(code, int) and 400 <= code <= 599
+    return error, code if is_status else None
 
 
 def _error_from_payload(payload: Mapping[str, Any], facts: _RequestFacts) -> StatusError:
     """Return the error inside a reply with status 200."""
     message, code = _error_message(payload)
-    # Up to vLLM 0.14 the code inside a stream is 400 for everything.
-    status = 500 if "EngineCore" in message else code or 500
-    return _status_error(status, message, {}, facts)
+    if "EngineCore" in message:  # up to vLLM 0.14 the code inside a stream is 400 for everything
+        code = 500
+    return _status_error(code or 500, message, {}, facts)
 
 
 def _error_from_reply(
     status: int, headers: Mapping[str, str], raw: bytes, facts: _RequestFacts
 ) -> StatusError:
-    """Return the error in a reply, be it JSON, HTML, text or empty."""
     if 300 <= status < 400:
         return _redirect_error(status, headers.get("Location", ""), facts)
 
@@ -2379,38 +2155,37 @@ def _redirect_error(status: int, location: str, facts: _RequestFacts) -> StatusE
 def _status_error(
     status: int, message: str, headers: Mapping[str, str], facts: _RequestFacts
 ) -> StatusError:
-    """Return the error for a status and the server's text."""
     message = facts.redact(message)
     overflow = _read_overflow(message, facts) if status < 500 else None
     if overflow is not None and overflow.is_prompt_too_long():
         return _overflow_error(overflow, facts, message, status)
 
-    kind = _find_error_class(status, message)
+    default = ProviderUnavailableError if status >= 500 else StatusError
+    kind = _STATUS_ERRORS.get(status, default)
+    advice = _ADVICE_BY_STATUS.get(status, "")
+    retryable = _RETRYABLE_BY_STATUS.get(status)
+
+    # The text is more precise than the status.
+    for text, by_text in _ADVICE_BY_TEXT.items():
+        if text in message:
+            advice = by_text
+            break
+    if _NAN in message:
+        kind = ProviderUnavailableError
+        retryable = False
+    elif _is_starting_page(status, message):
+        kind = ProviderUnavailableError
+        advice = "a gateway is in front of the server, which may be starting: try again later"
+
     shown = _quoted(_shorten(message)) if message.strip() else "(no message)"
-    advice = _find_advice(status, message)
     error = kind(
-        f"{status} {shown}: {facts.where}{advice}",
+        "; ".join(filter(None, (f"{status} {shown}: {facts.where}", advice))),
         status_code=status,
-        retryable=_is_retryable(status, message),
+        retryable=retryable,
         retry_after=_parse_retry_after(headers.get("Retry-After")),
     )
     error.server_message = message
     return error
-
-
-def _find_error_class(status: int, message: str) -> type[StatusError]:
-    """Return the class for a status, or for what the text says against it."""
-    if _NAN in message or _is_starting_page(status, message):  # no fault of the request
-        return ProviderUnavailableError
-    default = ProviderUnavailableError if status >= 500 else StatusError
-    return _STATUS_ERRORS.get(status, default)
-
-
-def _is_retryable(status: int, message: str) -> bool | None:
-    """Return whether the same call may succeed later; None leaves it to the class."""
-    if _NAN in message or status == 501:
-        return False
-    return True if status in (408, 425) else None
 
 
 def _is_starting_page(status: int, message: str) -> bool:
@@ -2418,20 +2193,8 @@ def _is_starting_page(status: int, message: str) -> bool:
     page = message.lstrip().lower()
     if not page.startswith("<"):
         return False
-    if status == 403:
-        return "cloudflare" in page
-    return status in (404, 425) and any(text in page for text in STARTING_PAGES)
-
-
-def _find_advice(status: int, message: str) -> str:
-    """Return what to do about an error, or nothing."""
-    if _is_starting_page(status, message):
-        return "; a gateway is in front of the server, which may be starting: try again later"
-    for text, advice in _ADVICE_BY_TEXT:
-        if text in message:
-            return f"; {advice}"
-    advice = _ADVICE_BY_STATUS.get(status, "")
-    return f"; {advice}" if advice else ""
+    texts = {403: ("cloudflare",), 404: STARTING_PAGES, 425: STARTING_PAGES}.get(status, ())
+    return any(text in page for text in texts)
 
 
 def _shorten(message: str) -> str:
@@ -2479,7 +2242,12 @@ def parse_completion_response(payload: Mapping[str, Any]) -> Completion:
     >>> parse_completion_response(reply).text
     ' Paris.'
     """
-    return _parse_response(payload)
+    if not isinstance(payload, Mapping):
+        raise ProtocolError(f"a reply is a JSON object, got a {type(payload).__name__}")
+
+    builder = _ResponseBuilder(_RequestFacts("in the reply"), _Expected())
+    builder.add_whole(payload)
+    return builder.completion()
 
 
 def parse_chat_response(payload: Mapping[str, Any]) -> Completion:
@@ -2491,17 +2259,7 @@ def parse_chat_response(payload: Mapping[str, Any]) -> Completion:
     >>> parse_chat_response({"choices": [{"message": message}]}).reasoning
     'A greeting.'
     """
-    return _parse_response(payload)
-
-
-def _parse_response(payload: Mapping[str, Any]) -> Completion:
-    """Return the Completion in a whole reply of either endpoint."""
-    if not isinstance(payload, Mapping):
-        raise ProtocolError(f"a reply is a JSON object, got a {type(payload).__name__}")
-
-    builder = _ResponseBuilder(_RequestFacts("in the reply"), _Expected())
-    builder.add_whole(payload)
-    return builder.completion()
+    return parse_completion_response(payload)
 
 
 def _decode_json(text: str, facts: _RequestFacts, kind: type = dict) -> Any:
@@ -2517,7 +2275,6 @@ def _decode_json(text: str, facts: _RequestFacts, kind: type = dict) -> Any:
 
 
 def _not_json(text: str, facts: _RequestFacts) -> ProtocolError:
-    """Return the error for a text that is not what vLLM sends."""
     shown = _quoted(facts.redact(_shorten(text)))
     return ProtocolError(f"not the JSON vLLM sends: {facts.where}: {shown}; {BASE_URL_ADVICE}")
 
@@ -2535,18 +2292,19 @@ class _Expected(NamedTuple):
 
 
 def _read_expected(body: _Body, new_splitter: Callable[[], _Splitter] | None = None) -> _Expected:
-    """Return what the reply to a body may hold."""
     name = "top_logprobs" if "messages" in body else "logprobs"
     top = _to_top(body.get(name))
+    prompt_top = _to_top(body.get("prompt_logprobs", top))  # `echo` takes the other number
     if body.get("logprob_token_ids"):  # those come on top of the number
         top = None
-    prompt_top = _to_top(body.get("prompt_logprobs"))
-    return _Expected(top, top if prompt_top is None else prompt_top, new_splitter)
+    return _Expected(top, prompt_top, new_splitter)
 
 
-def _to_top(value: object) -> int | None:
+def _to_top(value: Any) -> int | None:
     """Return a number of alternatives; None for -1 (all) and for what is no number."""
-    return value if isinstance(value, int) and value >= 0 else None
+    with suppress(TypeError):
+        return value if value >= 0 else None
+    return None
 
 
 def _new_text() -> io.StringIO:
@@ -2557,13 +2315,9 @@ def _new_text() -> io.StringIO:
 
 
 class _ToolCallBuilder:
-    """A tool call while it grows."""
-
-    __slots__ = ("arguments", "id", "name")
-
-    def __init__(self, call_id: str, name: str) -> None:
-        self.id = call_id
-        self.name = name
+    def __init__(self) -> None:
+        self.id = ""
+        self.name = ""
         self.arguments = _new_text()
 
     def add(self, call_id: str, name: str, arguments: str) -> ToolCall:
@@ -2574,18 +2328,10 @@ class _ToolCallBuilder:
         return ToolCall(self.id, self.name, arguments)
 
     def build(self) -> ToolCall:
-        """Return the call as far as it has arrived."""
         return ToolCall(self.id, self.name, self.arguments.getvalue())
 
 
 class _ChoiceBuilder:
-    """A choice while it grows."""
-
-    __slots__ = (
-        "_call_at", "_calls", "_expected", "_finish_reason", "_index", "_logprobs",
-        "_prompt", "_reasoning", "_splitter", "_stop_reason", "_text", "_token_ids",
-    )  # fmt: skip
-
     def __init__(self, index: int, expected: _Expected) -> None:
         self._index = index
         self._expected = expected
@@ -2612,17 +2358,23 @@ class _ChoiceBuilder:
         if self._splitter is not None:
             is_last = finish_reason is not None
             text, reasoning, pieces = self._splitter.feed(text, is_last=is_last)
-        if text:
-            self._text.write(text)
+        self._text.write(text)
         if reasoning:
             self._reasoning.write(reasoning)
         calls = self._add_calls(pieces) if pieces else ()
 
-        logprobs: tuple[TokenLogprob, ...] = ()
         token_ids: tuple[int, ...] = ()
-        if choice.get("logprobs") or choice.get("token_ids") or _has_prompt(choice):
-            token_ids = tuple(choice.get("token_ids") or ())
-            logprobs = self._add_tokens(choice, token_ids)
+        logprobs: tuple[TokenLogprob, ...] = ()
+        if choice.get("token_ids"):
+            token_ids = tuple(choice["token_ids"])
+            self._token_ids += token_ids
+        if choice.get("logprobs"):
+            prompt_ids = choice.get("prompt_token_ids") or ()
+            top = self._expected.top
+            logprobs = _parse_logprobs(choice["logprobs"], token_ids, prompt_ids, top)
+            self._logprobs += logprobs
+        if _has_prompt(choice):
+            self._prompt = _parse_prompt(choice, self._expected.prompt_top)
 
         if finish_reason is not None:
             self._finish_reason = finish_reason
@@ -2633,21 +2385,6 @@ class _ChoiceBuilder:
             self._index, text, reasoning, calls, logprobs, token_ids,
             self._finish_reason, self._stop_reason,
         )  # fmt: skip
-
-    def _add_tokens(
-        self, choice: Mapping[str, Any], token_ids: tuple[int, ...]
-    ) -> tuple[TokenLogprob, ...]:
-        """Add the log probabilities and the token ids of a choice; return the former."""
-        self._token_ids += token_ids
-        if _has_prompt(choice):
-            self._prompt = _parse_prompt(choice, self._expected.prompt_top)
-
-        if not choice.get("logprobs"):
-            return ()
-        prompt_ids = tuple(choice.get("prompt_token_ids") or ())
-        logprobs = _parse_logprobs(choice["logprobs"], token_ids, prompt_ids, self._expected.top)
-        self._logprobs += logprobs
-        return logprobs
 
     def _add_calls(self, pieces: Sequence[Mapping[str, Any]]) -> tuple[ToolCall, ...]:
         """Add pieces of tool calls, each to the call last begun at its index.
@@ -2666,13 +2403,13 @@ class _ChoiceBuilder:
 
             call = self._call_at.get(index)
             if call is None or (call_id and call.id and call_id != call.id):
-                call = _ToolCallBuilder(call_id, name)
+                call = _ToolCallBuilder()
                 self._call_at[index] = call
                 self._calls.append(call)
             added.append(call.add(call_id, name, arguments or ""))
         return tuple(added)
 
-    def build(self, prompt: Mapping[str, Any]) -> Choice:
+    def build(self, prompt: dict[str, Any]) -> Choice:
         """Return the choice as far as it has arrived.
 
         `prompt`: what the reply says of the prompt for all choices.
@@ -2688,25 +2425,18 @@ class _ChoiceBuilder:
             self._index,
             text,
             reasoning,
-            tuple(call.build() for call in self._calls),
+            tuple(map(_ToolCallBuilder.build, self._calls)),
             tuple(self._logprobs),
             tuple(self._token_ids),
             self._finish_reason,
             self._stop_reason,
-            **(self._prompt or prompt),
+            **(prompt | self._prompt),
         )
 
 
 def _has_prompt(payload: Mapping[str, Any]) -> bool:
     """Return whether a choice or a whole payload says anything about the prompt."""
     return bool(payload.get("prompt_logprobs") or payload.get("prompt_token_ids"))
-
-
-def _has_output(delta: Delta) -> bool:
-    """Return whether a delta carries anything but the end."""
-    return bool(
-        delta.text or delta.reasoning or delta.tool_calls or delta.logprobs or delta.token_ids
-    )
 
 
 class _ResponseBuilder:
@@ -2760,15 +2490,17 @@ class _ResponseBuilder:
             index = choice.get("index") or 0
             builder = self._choices.get(index)
             if builder is None:
-                _require(isinstance(index, int))
-                builder = _ChoiceBuilder(index, self._expected)
+                builder = _ChoiceBuilder(int(index), self._expected)
                 self._choices[index] = builder
 
             delta = builder.add(choice)
             if delta is not None:
-                self.has_output = self.has_output or _has_output(delta)
-                self.has_finished = self.has_finished or delta.finish_reason is not None
                 deltas.append(delta)
+                if delta.finish_reason is None:
+                    self.has_output = True
+                else:  # that may be all there is in it
+                    self.has_finished = True
+                    self.has_output |= any(delta[1:6])
         return deltas
 
     def completion(
@@ -2794,13 +2526,17 @@ class _ResponseBuilder:
 
 
 def _parse_usage(usage: Mapping[str, Any]) -> Usage:
-    """Return the token counts of a reply."""
-    prompt = usage.get("prompt_tokens") or 0
-    output = usage.get("completion_tokens") or 0
-    total = usage.get("total_tokens") or prompt + output
-    cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens")
-    reasoning = (usage.get("completion_tokens_details") or {}).get("reasoning_tokens")
-    return Usage(prompt, output, total, cached, reasoning)
+    input_tokens = usage.get("prompt_tokens") or 0
+    output_tokens = usage.get("completion_tokens") or 0
+    input_details = usage.get("prompt_tokens_details") or {}
+    output_details = usage.get("completion_tokens_details") or {}
+    return Usage(
+        input_tokens,
+        output_tokens,
+        usage.get("total_tokens") or input_tokens + output_tokens,
+        input_details.get("cached_tokens"),
+        output_details.get("reasoning_tokens"),
+    )
 
 
 def _parse_logprobs(
@@ -2820,20 +2556,18 @@ def _parse_logprobs(
     else:
         entries = list(_to_chat_entries(logprobs))
 
-    ids: Sequence[int | None] = token_ids
-    if len(entries) == len(prompt_ids) + len(token_ids):
-        ids = (*prompt_ids, *token_ids)
-    if len(entries) != len(ids):
-        ids = [None] * len(entries)
+    all_ids = (*prompt_ids, *token_ids)
+    ids_by_count = {len(all_ids): all_ids, len(token_ids): token_ids}
+    ids = ids_by_count.get(len(entries), itertools.repeat(None))
 
     tokens = []
-    for entry, token_id in zip(entries, ids, strict=True):
-        others = [_parse_entry(other) for other in entry.get("top_logprobs") or ()]
+    for entry, token_id in zip(entries, ids, strict=False):
+        others = map(_parse_entry, entry.get("top_logprobs") or ())
         tokens.append(_parse_entry(entry, token_id, _most_likely(others, top)))
     return tuple(tokens)
 
 
-def _most_likely(tokens: list[TokenLogprob], top: int | None) -> tuple[TokenLogprob, ...]:
+def _most_likely(tokens: Iterable[TokenLogprob], top: int | None) -> tuple[TokenLogprob, ...]:
     """Return the first `top` tokens by probability, those without one last."""
 
     def rank(token: TokenLogprob) -> float:
@@ -2843,31 +2577,28 @@ def _most_likely(tokens: list[TokenLogprob], top: int | None) -> tuple[TokenLogp
 
 
 def _to_chat_entries(logprobs: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """Yield the four parallel lists of completions as chat has them: tokens with alternatives."""
+    """Yield the parallel lists of completions as chat has them: tokens with alternatives."""
     tokens = logprobs["tokens"]
     tops = logprobs.get("top_logprobs") or [None] * len(tokens)
     for token, logprob, top in zip(tokens, logprobs["token_logprobs"], tops, strict=True):
-        others = [{"token": other, "logprob": value} for other, value in (top or {}).items()]
+        others = []
+        for other, value in (top or {}).items():
+            others.append({"token": other, "logprob": value})
         yield {"token": token, "logprob": logprob, "top_logprobs": others}
 
 
 def _parse_entry(
     entry: Mapping[str, Any], token_id: int | None = None, top: tuple[TokenLogprob, ...] = ()
 ) -> TokenLogprob:
-    """Return one token of a chat reply's log probabilities."""
     token = entry["token"]
     if token_id is None and re.fullmatch(r"token_id:\d+", token):  # return_tokens_as_token_ids
         token_id = int(token.removeprefix("token_id:"))
 
     raw = entry.get("bytes")
-    return TokenLogprob(
-        token,
-        _parse_logprob(entry.get("logprob")),
-        None if raw is None else bytes(raw),
-        token_id,
-        entry.get("rank"),
-        top,
-    )
+    if raw is not None:
+        raw = bytes(raw)
+    logprob = _parse_logprob(entry.get("logprob"))
+    return TokenLogprob(token, logprob, raw, token_id, entry.get("rank"), top)
 
 
 def _parse_logprob(value: float | None) -> float | None:
@@ -2878,53 +2609,47 @@ def _parse_logprob(value: float | None) -> float | None:
 
 
 def _parse_prompt(payload: Mapping[str, Any], top: int | None) -> dict[str, Any]:
-    """Return a Choice's fields about the prompt."""
-    ids = tuple(payload.get("prompt_token_ids") or ())
+    ids = payload.get("prompt_token_ids") or ()
     tokens: list[TokenLogprob | None] = []
     for position, entry in enumerate(payload.get("prompt_logprobs") or ()):
-        tokens.append(_parse_prompt_entry(entry or {}, ids[position] if ids else None, top))
-    return {"prompt_logprobs": tuple(tokens), "prompt_token_ids": ids}
+        if not entry:
+            tokens.append(None)
+            continue
 
+        candidates = {}
+        for key, value in entry.items():
+            text = value.get("decoded_token") or ""
+            logprob = _parse_logprob(value["logprob"])
+            candidates[int(key)] = TokenLogprob(text, logprob, None, int(key), value.get("rank"))
 
-def _parse_prompt_entry(
-    entry: Mapping[str, Mapping[str, Any]], own_id: int | None, top: int | None
-) -> TokenLogprob | None:
-    """Return a token of the prompt, which is the one with its own id, or else the first."""
-    tokens = {}
-    for key, value in entry.items():
-        text = value.get("decoded_token") or ""
-        logprob = _parse_logprob(value["logprob"])
-        tokens[int(key)] = TokenLogprob(text, logprob, None, int(key), value.get("rank"))
-
-    if not tokens:
-        return None
-    first = next(iter(tokens.values()))
-    own = first if own_id is None else tokens.get(own_id, first)
-    return own._replace(top=_most_likely(list(tokens.values()), top))
+        token = next(iter(candidates.values()))  # without ids, the prompt's own is the first
+        if ids:
+            token = candidates.get(ids[position], token)
+        tokens.append(token._replace(top=_most_likely(candidates.values(), top)))
+    return {"prompt_logprobs": tuple(tokens), "prompt_token_ids": tuple(ids)}
 
 
 def _parse_models(payload: Mapping[str, Any]) -> list[ModelCard]:
     """Return the models in a reply of `/v1/models`; raise ValueError for another shape."""
-    models = []
+    lengths: dict[str | None, int | None] = {}
     for card in payload["data"]:
         length = _to_count(card.get("max_model_len")) or _to_count(card.get("max_input_tokens"))
-        output = _to_count(card.get("max_output_tokens"))
-        models.append(ModelCard(card["id"], length, card.get("root"), card.get("parent"), output))
+        lengths[card["id"]] = length
 
-    lengths = {model.id: model.max_model_len for model in models}
-    for position, model in enumerate(models):
-        if model.max_model_len is None:
-            base_length = lengths.get(model.parent or "")
-            models[position] = model._replace(max_model_len=base_length)
+    models = []
+    for card in payload["data"]:
+        parent = card.get("parent")
+        length = lengths[card["id"]] or lengths.get(parent)
+        output = _to_count(card.get("max_output_tokens"))
+        models.append(ModelCard(card["id"], length, card.get("root"), parent, output))
     return models
 
 
 def _to_count(value: object) -> int | None:
     """Return a positive integer, also given as text; None for anything else."""
-    if isinstance(value, str) and value.strip().isdecimal():
-        value = int(value)
-    is_count = isinstance(value, int) and not isinstance(value, bool) and value > 0
-    return value if is_count else None  # type: ignore[return-value]
+    with suppress(TypeError, ValueError, OverflowError):
+        return _to_int(value, 1)
+    return None
 
 
 # ---- Replies: reasoning out of plain text (pure) ----------------------------
@@ -2944,23 +2669,28 @@ class _ThinkSplitter:
     """
 
     def __init__(self, opened: bool = False) -> None:
-        self._state = "opened" if opened else "start"
+        self._state = "start"
+        self._next_state = "reasoning" if opened else "text"  # without a tag
         self._held = ""
 
     def feed(self, piece: str, *, is_last: bool = False) -> tuple[str, str, list[dict[str, Any]]]:
         """Return the text and the reasoning that are certain by now; no tool calls."""
-        if self._state == "text":
-            return piece, "", []
-
         held = self._held + piece
         self._held = ""
-        if self._state in ("start", "opened"):
-            if not is_last and _may_become(held, "<think>"):
+        if self._state == "start":
+            tag = held.lstrip()
+            is_near = len(held) - len(tag) <= 2  # further on it is only a mention
+            if is_near and tag.startswith("<think>"):
+                self._state = "reasoning"
+                held = tag.removeprefix("<think>")
+            elif is_near and "<think>".startswith(tag) and not is_last:
                 self._held = held
                 return "", "", []
-            held = self._open(held)
-            if self._state == "text":
-                return held, "", []
+            else:
+                self._state = self._next_state
+
+        if self._state == "text":
+            return held, "", []
 
         reasoning, tag, text = held.partition("</think>")
         if tag:
@@ -2968,17 +2698,6 @@ class _ThinkSplitter:
         elif not is_last:
             reasoning, self._held = _hold_back(reasoning, ("</think>",))
         return text, reasoning, []
-
-    def _open(self, held: str) -> str:
-        """Enter the reasoning, or the text: a tag further on is only a mention."""
-        tag = held.lstrip()
-        has_tag = len(held) - len(tag) <= 2 and tag.startswith("<think>")
-        if self._state == "start" and not has_tag:
-            self._state = "text"
-            return held
-
-        self._state = "reasoning"
-        return tag.removeprefix("<think>") if has_tag else held
 
 
 class _HarmonySplitter:
@@ -2989,55 +2708,49 @@ class _HarmonySplitter:
     """
 
     _ENDS: Final = ("<|end|>", "<|return|>", "<|call|>", "<|endoftext|>", "<|start|>")
-    _END: Final = re.compile(r"<\|(?:end|return|call|endoftext|start)\|>")
+    _TAG: Final = re.compile(r"(<\|(?:message|end|return|call|endoftext|start)\|>)")
 
     def __init__(self) -> None:
-        self._held = ""
+        self._held = ""  # the beginning of a tag
+        self._header = ""
         self._channel = ""  # none: inside a header
         self._calls = 0
-        self._is_new = True
 
     def feed(self, piece: str, *, is_last: bool = False) -> tuple[str, str, list[dict[str, Any]]]:
         """Return the text, the reasoning and the pieces of tool calls that are certain by now."""
-        self._held += piece
-        text, reasoning = "", ""
-        calls: list[dict[str, Any]] = []
-        while self._held:
-            if not self._channel:
-                header, mark, rest = self._held.partition("<|message|>")
-                if not mark:
-                    text += self._take_plain(header, is_last)
-                    break
-                self._held = rest
-                calls += self._enter(header)
-                continue
-
-            body, is_over = self._take_body(is_last)
-            if self._channel == "call":
-                calls.append({"index": self._calls - 1, "function": {"arguments": body}})
-            elif self._channel == "analysis":
-                reasoning += body
-            else:
-                text += body
-            if not is_over:
-                break
-            self._channel = ""
-        return text, reasoning, calls
-
-    def _take_plain(self, header: str, is_last: bool) -> str:
-        """Return a text that is no harmony at all: then the prompt had the header."""
-        if not is_last or not self._is_new or "<|" in header:
-            return ""
+        held = self._held + piece
         self._held = ""
-        return header
+        if not is_last:
+            held, self._held = _hold_back(held, ("<|message|>", *self._ENDS))
+
+        added = {"final": "", "analysis": ""}
+        calls: list[dict[str, Any]] = []
+        for part in filter(None, self._TAG.split(held)):
+            if not self._channel and part == "<|message|>":
+                calls += self._enter(self._header)
+                self._header = ""
+            elif not self._channel:
+                self._header += part
+            elif part in self._ENDS:
+                self._channel = ""
+                self._header = part
+            elif self._channel == "call":
+                calls.append({"index": self._calls - 1, "function": {"arguments": part}})
+            else:
+                added[self._channel] += part
+
+        if is_last and "<|" not in self._header:  # no harmony at all: the prompt had the header
+            added["final"] += self._header
+            self._header = ""
+        return added["final"], added["analysis"], calls
 
     def _enter(self, header: str) -> list[dict[str, Any]]:
         """Enter the channel of a header; return the beginning of the call if it is one."""
-        self._is_new = False
         recipient = re.search(r"to=([^\s<]+)", header)
         if recipient is None:
-            channel = re.search(r"<\|channel\|>(\w+)", header)
-            self._channel = "final" if channel is None else channel.group(1)
+            self._channel = "final"
+            if "<|channel|>analysis" in header:
+                self._channel = "analysis"
             return []
 
         self._channel = "call"
@@ -3046,29 +2759,13 @@ class _HarmonySplitter:
         index = self._calls - 1
         return [{"index": index, "id": f"call_{self._calls}", "function": {"name": name}}]
 
-    def _take_body(self, is_last: bool) -> tuple[str, bool]:
-        """Return the body as far as it is certain, and whether its end was there."""
-        held = self._held
-        found = self._END.search(held)
-        if found is not None:
-            self._held = held[found.end() :]
-            return held[: found.start()], True
-
-        body, self._held = (held, "") if is_last else _hold_back(held, self._ENDS)
-        return body, False
-
-
-def _may_become(text: str, tag: str) -> bool:
-    """Return whether a text may still become a tag, after two line breaks at most."""
-    start = text.lstrip()
-    return len(text) - len(start) <= 2 and start != tag and tag.startswith(start)
-
 
 def _hold_back(text: str, tags: Sequence[str]) -> tuple[str, str]:
     """Return the text without its last characters that may begin a tag, and those."""
-    start = text.rfind("<")
-    if start >= 0 and any(tag.startswith(text[start:]) for tag in tags):
-        return text[:start], text[start:]
+    before, mark, after = text.rpartition("<")
+    end = mark + after
+    if any(tag.startswith(end) for tag in tags):
+        return before, end
     return text, ""
 
 
@@ -3135,7 +2832,6 @@ def _why_harmony(body: _Body) -> str | None:
 
 
 def _to_render_options(body: _Body) -> dict[str, Any]:
-    """Return what `/tokenize` needs to render as the chat endpoint would."""
     names = ("model", "add_generation_prompt", "continue_final_message", "chat_template")
     options = {name: body[name] for name in names if name in body}
 
@@ -3182,6 +2878,9 @@ _Answer = TypeVar("_Answer")
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
 _NOT_RETRIED: Final = frozenset({"/health", "/version"})  # asked to learn how the server is now
+_COUNTED_FIELDS: Final = (  # of a body, by /tokenize
+    "model", "tools", "add_generation_prompt", "continue_final_message", "chat_template_kwargs",
+)  # fmt: skip
 
 
 class VLLMClient:
@@ -3251,8 +2950,7 @@ class VLLMClient:
     def _complete(self, path: str, body: dict[str, Any], params: Mapping[str, Any]) -> Completion:
         limits = _read_limits(self.config, params)
         with closing(self._open(path, body, limits=limits, wants_stream=False)) as stream:
-            for _delta in stream:
-                pass
+            collections.deque(stream, maxlen=0)
         return stream.completion
 
     # Many calls.
@@ -3354,16 +3052,20 @@ class VLLMClient:
         `path` begins with a slash. Limits, retries and errors are those of a generation. A reply
         of plain text is a string, an empty one None.
         """
-        with self._call(limits) as call:
-            return self._fetch(call, "GET", path)
+        return self._ask("GET", path, None, limits)
 
     def post(self, path: str, body: Any, **limits: Unpack[_CallParams]) -> Any:
         """Return the decoded JSON of any other endpoint, like `/v1/embeddings` or `/score`.
 
         `body`: what JSON can hold; nothing is added to it. For the rest, see get().
         """
+        return self._ask("POST", path, body, limits)
+
+    def _ask(self, method: str, path: str, body: Any, limits: Mapping[str, Any]) -> Any:
+        if not path.startswith("/"):
+            raise ConfigurationError(f"path must begin with a slash, got {path!r}")
         with self._call(limits) as call:
-            return self._fetch(call, "POST", path, body)
+            return self._fetch(call, method, path, body, object)
 
     def models(self, **limits: Unpack[_CallParams]) -> list[ModelCard]:
         """Return the models of `/v1/models`; the first is the one for those who name none."""
@@ -3378,7 +3080,7 @@ class VLLMClient:
     def version(self) -> str:
         """Return the server's version, like "0.32.0"; not retried."""
         with self._call({}) as call:
-            return str(self._fetch_object(call, "GET", "/version").get("version") or "")
+            return str(self._fetch(call, "GET", "/version").get("version") or "")
 
     def tokenize(self, text_or_messages: _Messages, **options: Any) -> list[int]:
         """Return the token ids of a text, or of messages as the model's own template renders them.
@@ -3410,7 +3112,9 @@ class VLLMClient:
         with self._call({}) as waiting:
             while True:
                 try:
-                    return self._look_at_health(look_s)
+                    with self._call({"timeout": look_s}) as call:
+                        self._read_text(self._request(call, "GET", "/health"))
+                    return True
                 except (LLMTimeoutError, NetworkError, ProviderUnavailableError) as error:
                     if not error.retryable:
                         raise
@@ -3422,15 +3126,6 @@ class VLLMClient:
                     raise cause
                 waiting.pause(HEALTH_POLL_S)
                 look_s = min(look_s, max(left_s, HEALTH_POLL_S))
-
-    def _look_at_health(self, timeout_s: float) -> bool:
-        with self._call({"timeout": timeout_s}) as call:
-            attempt, _facts = self._request(call, "GET", "/health")
-            for _piece in self._transport.read(
-                attempt, MAX_REPLY_BYTES
-            ):  # to its end, for the pool
-                pass
-        return True
 
     def close(self) -> None:
         """Stop the calls in flight, which raise AbortError, and close all connections at once.
@@ -3455,17 +3150,10 @@ class VLLMClient:
     # max_tokens) -> _request (retries) -> _try (one attempt) -> _read_reply.
 
     def _open(
-        self,
-        path: str,
-        body: dict[str, Any],
-        *,
-        limits: _Limits,
-        wants_stream: bool | None = True,
-        prompt_format: str | None = None,
-        request_id: str | None = None,
-        attempt: int = 0,
-        deadline_at: float = math.inf,
-    ) -> "Stream":
+        self, path: str, body: dict[str, Any], *,
+        limits: _Limits, wants_stream: bool | None = True, prompt_format: str | None = None,
+        request_id: str | None = None, attempt: int = 0, deadline_at: float = math.inf,
+    ) -> "Stream":  # fmt: skip
         """Return one generation as a Stream, whether or not its reply is one on the wire.
 
         `wants_stream`: None for a stream unless vLLM cannot. `prompt_format`: how a conversation
@@ -3474,24 +3162,20 @@ class VLLMClient:
         time.monotonic().
         """
         own_id = body.get("request_id")
-        call = _Call(
-            limits,
-            request_id=request_id if own_id is None else str(own_id),
-            attempts=attempt,
-            deadline_at=deadline_at,
-        )
-        call.keeps_id = own_id is not None
+        sent_id = str(own_id) if own_id is not None else request_id or _new_id()
+        call = _Call(limits, sent_id, own_id is not None, attempt, deadline_at)
         if wants_stream is None:
             wants_stream = not (body.get("prompt_logprobs") or body.get("use_beam_search"))
 
         route = _Route(path, body) if prompt_format is None else None
-        return Stream(_Generation(self, call, body, wants_stream, prompt_format or "", route))
+        return Stream(_Generation(self, call, body, wants_stream, prompt_format, route))
 
     def _reopen(self, stream: "Stream") -> "Stream":
         """Return the same generation once more: its id and deadline, its conversation rendered."""
-        return Stream(stream._generation.again())
+        before = stream._generation
+        return Stream(replace(before, call=replace(before.call), builder=None))
 
-    def _find_route(self, call: _Call, body: dict[str, Any], prompt_format: str) -> _Route:
+    def _find_route(self, call: _Call, body: dict[str, Any], prompt_format: str | None) -> _Route:
         """Return where a conversation goes that is wanted on `/v1/completions`."""
         if prompt_format == "raw":
             text = "\n".join(map(_text_of, body["messages"]))
@@ -3512,26 +3196,26 @@ class VLLMClient:
 
     def _render(self, call: _Call, body: dict[str, Any], *, is_strict: bool) -> _Route | str:
         """Return the route of a rendered conversation, or the reason why that is not faithful."""
+        messages = body["messages"]
         options = {**_to_render_options(body), "return_token_strs": True}
         try:
-            reply = self._tokenize(call, body["messages"], options)
+            reply = self._tokenize(call, messages, options)
         except (StatusError, ProtocolError) as error:
             reason = self._why_not_rendered(error)
             if reason is None or is_strict:
                 raise
-            messages = body["messages"]
             if reason == _NO_TEMPLATE and [item.get("role") for item in messages] == ["user"]:
-                text = _text_of(messages[0])
-                return _Route(COMPLETIONS_PATH, _to_completion_body(body, text))
+                rendered = _to_completion_body(body, _text_of(messages[0]))
+                return _Route(COMPLETIONS_PATH, rendered)
             return reason
 
-        ids = reply["tokens"]
-        is_harmony = HARMONY_START in ids
+        is_harmony = HARMONY_START in reply["tokens"]
         reason = _why_harmony(body) if is_harmony else None
         if reason is not None:
             return reason
 
-        rendered = _to_completion_body(body, ids, self._available_tokens(body, reply))
+        available = self._available_tokens(body, reply)
+        rendered = _to_completion_body(body, reply["tokens"], available)
         if is_harmony:
             rendered["skip_special_tokens"] = False
         if body.get("echo"):
@@ -3556,7 +3240,6 @@ class VLLMClient:
         return context_length - input_tokens
 
     def _read_end(self, call: _Call, reply: Mapping[str, Any]) -> str:
-        """Return the text of the last tokens of a rendered prompt."""
         if reply.get("token_strs"):
             return "".join(reply["token_strs"][-8:])
         body = {"tokens": list(reply["tokens"][-8:])}
@@ -3568,24 +3251,21 @@ class VLLMClient:
         message = getattr(error, "server_message", "")
         if "must provide a chat template" in message:
             return _NO_TEMPLATE
-
-        is_path_hidden = error.status_code in (403, 404, 405) and "does not exist" not in message
-        if not is_path_hidden and not isinstance(error, ProtocolError):
-            return None
         if isinstance(error, ProviderUnavailableError):  # the page of a gateway that is starting
             return None
-        self._render_unavailable = "/tokenize is hidden by a gateway"
-        logger.warning(
-            "%s: conversations go to the chat endpoint: %s", self._render_unavailable, error
-        )
-        return self._render_unavailable
+
+        is_hidden = error.status_code in (403, 404, 405) and "does not exist" not in message
+        if not is_hidden and not isinstance(error, ProtocolError):
+            return None
+        reason = "/tokenize is hidden by a gateway"
+        logger.warning("%s: conversations go to the chat endpoint: %s", reason, error)
+        self._render_unavailable = reason
+        return reason
 
     # Sending: the model's name, a max_tokens that fits, retries.
 
-    def _send_generation(
-        self, call: _Call, path: str, body: dict[str, Any]
-    ) -> tuple[_Attempt, _RequestFacts]:
-        """Return the open reply to a generation, and what errors need to know of its request."""
+    def _send_generation(self, call: _Call, path: str, body: dict[str, Any]) -> _Attempt:
+        """Return the open reply to a generation."""
         body = self._with_model(call, body)
         lowerings = 0
         while True:
@@ -3594,56 +3274,39 @@ class VLLMClient:
             except NotFoundError as error:
                 body = self._with_current_model(call, body, error)
             except (InvalidRequestError, ContextLengthError) as error:
-                is_last = lowerings == MAX_LOWERINGS
-                body = self._with_lower_max_tokens(call, path, body, error, is_last=is_last)
+                lowered = self._with_lower_max_tokens(call, path, body, error)
+                if lowered is None or lowerings == MAX_LOWERINGS:
+                    raise
+                body = lowered
                 if lowerings == 0:
                     number = body.get("max_completion_tokens") or body["max_tokens"]
                     logger.warning("max_tokens is lowered to %d: %s", number, error)
                 lowerings += 1
 
     def _with_lower_max_tokens(
-        self,
-        call: _Call,
-        path: str,
-        body: dict[str, Any],
-        error: StatusError,
-        *,
-        is_last: bool,
-    ) -> dict[str, Any]:
-        """Return the body with a max_tokens that fits.
+        self, call: _Call, path: str, body: dict[str, Any], error: StatusError
+    ) -> dict[str, Any] | None:
+        """Return the body with a max_tokens that fits; None where the error is about other things.
 
-        Raises ContextLengthError where the prompt does not fit, else the error itself where it is
-        about something else, or where this was tried often enough.
+        Raises ContextLengthError where the prompt does not fit.
         """
         facts = self._facts("POST", path, body)
-        overflow = _read_overflow(error.server_message, facts)
+        message = error.server_message
+        overflow = _read_overflow(message, facts)
         if overflow is None:
-            raise error
+            return None
 
-        overflow = self._measure(call, body, facts, error, overflow)
-        if overflow.is_prompt_too_long():
-            status = error.status_code
-            raise _overflow_error(overflow, facts, error.server_message, status) from error
-        lowered = _lower_max_tokens(body, facts, overflow)
-        if lowered is None or is_last:
-            raise error
-        return lowered
-
-    def _measure(
-        self,
-        call: _Call,
-        body: _Body,
-        facts: _RequestFacts,
-        error: StatusError,
-        overflow: _Overflow,
-    ) -> _Overflow:
-        """Return the lengths with what the error leaves out, as far as the server can tell."""
         if overflow.context_length is None:
             length = self._ask_auxiliary(self._find_context_length, call, body)
-            overflow = _read_overflow(error.server_message, facts, length) or overflow
-        if not overflow.is_lower_bound:
-            return overflow
+            overflow = _read_overflow(message, facts, length) or overflow
+        if overflow.is_lower_bound:
+            overflow = self._count_overflow(call, body, overflow)
+        if overflow.is_prompt_too_long():
+            raise _overflow_error(overflow, facts, message, error.status_code) from error
+        return _lower_max_tokens(body, facts, overflow)
 
+    def _count_overflow(self, call: _Call, body: _Body, overflow: _Overflow) -> _Overflow:
+        """Return the lengths with the prompt's own, as far as the server can tell."""
         counted = self._ask_auxiliary(self._count_input, call, body)
         if counted is not None:
             return overflow._replace(input_tokens=counted, is_lower_bound=False)
@@ -3669,15 +3332,12 @@ class VLLMClient:
             return {**body, "model": names[0]}
 
         advice = f"the server has {', '.join(names)}" if names else "look at /v1/models"
-        unknown = NotFoundError(
-            f"model not found: {requested!r}; {advice}", status_code=error.status_code
-        )
+        message = f"model not found: {requested!r}; {advice}"
+        unknown = NotFoundError(message, status_code=error.status_code)
         unknown.server_message = error.server_message
         raise unknown from error
 
-    def _request(
-        self, call: _Call, method: str, path: str, body: Any = None
-    ) -> tuple[_Attempt, _RequestFacts]:
+    def _request(self, call: _Call, method: str, path: str, body: Any = None) -> _Attempt:
         """Return the open reply with status 200 to a request, retried where that is safe."""
         raw = None if body is None else _encode(body)
         facts = self._facts(method, path, body if isinstance(body, Mapping) else {})
@@ -3688,61 +3348,51 @@ class VLLMClient:
         retries = 0
         is_fresh = False
         while True:
+            if path in GENERATION_PATHS:
+                call.attempts += 1
             try:
-                return self._try(call, method, path, raw, facts, is_fresh), facts
+                attempt = self._transport.send(call, facts, raw, is_fresh=is_fresh)
+                self._check_status(attempt)
+                return attempt
             except VLLMError as error:
-                attempt = call.attempt
-                if attempt is None or isinstance(error, AbortError):
+                failed = call.attempt
+                if failed is None or isinstance(error, AbortError):
                     raise
-                if _is_stale(error, attempt):  # no failure of the server's, so no retry either
+                if _is_stale(error, failed):  # no failure of the server's, so no retry either
                     is_fresh = True
                     continue
                 retries += 1
-                if retries > maximum or not _is_unstarted(error, attempt):
+                if retries > maximum or not _is_unstarted(error, failed):
                     raise
                 pause_s = _retry_pause_s(self.config, error, retries, call.time_left_s())
                 logger.warning("retry %d of %d in %.1f s: %s", retries, maximum, pause_s, error)
             call.pause(pause_s)
 
-    def _try(
-        self,
-        call: _Call,
-        method: str,
-        path: str,
-        raw: bytes | None,
-        facts: _RequestFacts,
-        is_fresh: bool,
-    ) -> _Attempt:
-        """Return one attempt whose reply has status 200; raise the error of any other."""
-        if path in GENERATION_PATHS:
-            call.attempts += 1
-        attempt = self._transport.send(call, method, path, raw, is_fresh=is_fresh)
+    def _check_status(self, attempt: _Attempt) -> None:
         status = attempt.response.status_code
         if status == 200:
-            return attempt
+            return
 
-        attempt.shorten(ERROR_BODY_S)
-        error_body = bytearray()
+        attempt.allow(min(ERROR_BODY_S, attempt.time_left_s()))
+        body = bytearray()
         with suppress(StreamError, LLMTimeoutError, ProtocolError):  # as much of it as there is
             for piece in self._transport.read(attempt, MAX_ERROR_BYTES):
-                error_body += piece
-        raise _error_from_reply(status, attempt.response.headers, bytes(error_body), facts)
+                body += piece
+        raise _error_from_reply(status, attempt.response.headers, bytes(body), attempt.facts)
 
     # Receiving.
 
-    def _read_reply(
-        self, call: _Call, attempt: _Attempt, facts: _RequestFacts, builder: _ResponseBuilder
-    ) -> Iterator[Delta]:
+    def _read_reply(self, attempt: _Attempt, builder: _ResponseBuilder) -> Iterator[Delta]:
         """Yield what the reply adds to `builder`, event by event or as a whole."""
         if _is_event_stream(attempt.response):
-            return self._read_events(call, attempt, facts, builder)
-        return iter(builder.add_whole(_decode_json(self._read_text(attempt), facts)))
+            return self._read_events(attempt, builder)
+        return iter(builder.add_whole(_decode_json(self._read_text(attempt), attempt.facts)))
 
-    def _read_events(
-        self, call: _Call, attempt: _Attempt, facts: _RequestFacts, builder: _ResponseBuilder
-    ) -> Iterator[Delta]:
+    def _read_events(self, attempt: _Attempt, builder: _ResponseBuilder) -> Iterator[Delta]:
+        call = attempt.call
+        facts = attempt.facts
         decoder = _SSEDecoder()
-        with closing(self._transport.read(attempt, None)) as pieces:
+        with closing(self._transport.read(attempt)) as pieces:
             for raw in pieces:
                 for data in decoder.feed(raw):
                     call.check()
@@ -3751,7 +3401,7 @@ class VLLMClient:
                         return
                     deltas = builder.add(_decode_json(data, facts))
                     if call.first_token_s is None and builder.has_output:
-                        call.note_first_token()
+                        call.first_token_s = call.elapsed_s()
                     yield from deltas
 
                 if builder.has_output and (b"\n" in raw or b"\r" in raw):
@@ -3760,9 +3410,8 @@ class VLLMClient:
             if decoder.finish():
                 self._end_stream(attempt, builder, pieces)
                 return
-        raise StreamError(
-            f"the stream ended without [DONE]: {attempt.where}; was the server or a proxy stopped?"
-        )
+        advice = "was the server or a proxy stopped?"
+        raise StreamError(f"the stream ended without [DONE]: {attempt.where}; {advice}")
 
     def _end_stream(
         self, attempt: _Attempt, builder: _ResponseBuilder, pieces: Iterator[bytes]
@@ -3770,14 +3419,12 @@ class VLLMClient:
         """Check that the stream had output, and wait for its last bytes, to keep the connection."""
         if not builder.has_output and not builder.has_finished:
             # vLLM 0.13-0.31 can lose an error before the first token.
-            raise StreamError(
-                f"the stream ended without any output: {attempt.where}; look at the server's log"
-            )
+            advice = "look at the server's log"
+            raise StreamError(f"the stream ended without any output: {attempt.where}; {advice}")
 
-        attempt.drain()
+        attempt.allow(DRAIN_S)
         with suppress(VLLMError):
-            for _piece in pieces:
-                pass
+            collections.deque(pieces, maxlen=0)
 
     def _read_text(self, attempt: _Attempt) -> str:
         return b"".join(self._transport.read(attempt, MAX_REPLY_BYTES)).decode("utf-8", "replace")
@@ -3799,30 +3446,22 @@ class VLLMClient:
         except VLLMError:
             return None
 
-    def _fetch(self, call: _Call, method: str, path: str, body: Any = None) -> Any:
-        """Return the decoded reply of an endpoint."""
-        if not path.startswith("/"):
-            raise ConfigurationError(f"path must begin with a slash, got {path!r}")
-
-        attempt, facts = self._request(call, method, path, body)
+    def _fetch(
+        self, call: _Call, method: str, path: str, body: Any = None, kind: type = dict
+    ) -> Any:
+        """Return the decoded reply of an endpoint; with kind=object a text or None, too."""
+        attempt = self._request(call, method, path, body)
         text = self._read_text(attempt)
-        if not text.strip():
-            return None
-        if attempt.response.headers.get("Content-Type", "").lower().startswith("text/plain"):
-            return text
+        if kind is object:
+            if not text.strip():
+                return None
+            if attempt.response.headers.get("Content-Type", "").lower().startswith("text/plain"):
+                return text
 
-        payload = _decode_json(text, facts, object)
+        payload = _decode_json(text, attempt.facts, kind)
         if isinstance(payload, dict) and payload.get("error"):
-            raise _error_from_payload(payload, facts)
+            raise _error_from_payload(payload, attempt.facts)
         return payload
-
-    def _fetch_object(
-        self, call: _Call, method: str, path: str, body: Any = None
-    ) -> dict[str, Any]:
-        payload = self._fetch(call, method, path, body)
-        if isinstance(payload, dict):
-            return payload
-        raise _not_json(str(payload or ""), self._facts(method, path, {}))
 
     def _with_model(self, call: _Call, body: dict[str, Any]) -> dict[str, Any]:
         """Return the body with a model: the caller's, the configured one, or the server's first."""
@@ -3830,32 +3469,22 @@ class VLLMClient:
             return body
         if self.config.default_model is not None:
             return {**body, "model": self.config.default_model}
-        name = self._served.find(call, self._discover)
+        name = self._served.find(call, self._list_models)
         return {**body, "model": name} if name else body
 
-    def _discover(self, call: _Call) -> None:
-        """Ask for the models; where a gateway hides them, vLLM takes its first if none is named."""
-        try:
-            self._list_models(call)
-        except (StatusError, ProtocolError) as error:
-            if error.retryable:
-                raise
-            self._served.remember("")
-
     def _list_models(self, call: _Call) -> list[ModelCard]:
-        payload = self._fetch_object(call, "GET", "/v1/models")
+        """Return the server's models, and remember the first."""
+        payload = self._fetch(call, "GET", "/v1/models")
         try:
             models = _parse_models(payload)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             where = f"GET {self.config.base_url}/v1/models"
-            raise ProtocolError(
-                f"not the list of models vLLM sends: {where}; {BASE_URL_ADVICE}"
-            ) from error
+            message = f"not the list of models vLLM sends: {where}; {BASE_URL_ADVICE}"
+            raise ProtocolError(message) from error
         self._served.remember(models[0].id if models else "")
         return models
 
     def _find_context_length(self, call: _Call, body: _Body) -> int | None:
-        """Return the context length of the body's model, in tokens."""
         models = self._list_models(call)
         for model in models:
             if model.id == body.get("model"):
@@ -3867,29 +3496,25 @@ class VLLMClient:
         source = body.get("messages", body.get("prompt"))
         if not isinstance(source, str) and "messages" not in body:
             return None
-        names = (
-            "model", "tools", "add_generation_prompt", "continue_final_message",
-            "chat_template_kwargs",
-        )  # fmt: skip
-        options = {name: body[name] for name in names if name in body}
+        options = {name: body[name] for name in _COUNTED_FIELDS if name in body}
         return len(self._tokenize(call, source, options)["tokens"])
 
     def _tokenize(self, call: _Call, source: Any, options: Mapping[str, Any]) -> dict[str, Any]:
         """Return the reply of `/tokenize`: tokens, count, max_model_len."""
         name = "prompt" if isinstance(source, str) else "messages"
-        reply = self._ask_tokenizer(call, "/tokenize", {name: source, **options})
+        reply: dict[str, Any] = self._ask_tokenizer(call, "/tokenize", {name: source, **options})
         if not isinstance(reply.get("tokens"), list):
             where = f"POST {self.config.base_url}/tokenize"
             raise ProtocolError(f"not what vLLM's tokenizer sends: {where}")
         return reply
 
-    def _ask_tokenizer(self, call: _Call, path: str, body: dict[str, Any]) -> dict[str, Any]:
+    def _ask_tokenizer(self, call: _Call, path: str, body: dict[str, Any]) -> Any:
         body = self._with_model(call, body)
         try:
-            return self._fetch_object(call, "POST", path, body)
+            return self._fetch(call, "POST", path, body)
         except NotFoundError as error:
             body = self._with_current_model(call, body, error)
-        return self._fetch_object(call, "POST", path, body)
+        return self._fetch(call, "POST", path, body)
 
 
 def _is_event_stream(response: requests.Response) -> bool:
@@ -3898,11 +3523,6 @@ def _is_event_stream(response: requests.Response) -> bool:
     if content_type is None:
         return b'"stream":true' in bytes(response.request.body or b"")  # type: ignore[arg-type]
     return "event-stream" in content_type.lower()
-
-
-def _is_stale(error: VLLMError, attempt: _Attempt) -> bool:
-    """Return whether the server had closed an idle connection before the request came."""
-    return isinstance(error, NetworkError) and attempt.reused and not attempt.received
 
 
 class _ServedModel:
@@ -3921,15 +3541,24 @@ class _ServedModel:
         self._forget_at = math.inf if name else time.monotonic() + MODEL_RETRY_S
         self.name = name
 
-    def find(self, call: _Call, discover: Callable[[_Call], None]) -> str:
-        """Return the name, after `discover` has remembered it if need be."""
-        if self._is_known():
-            return self.name or ""
+    def find(self, call: _Call, list_models: Callable[[_Call], object]) -> str:
+        """Return the name, once `list_models` has remembered it.
 
-        has_lock = self._wait(call)
+        Where a gateway hides the models, there is none: vLLM then takes its first.
+        """
+        has_lock = False
+        give_up_at = time.monotonic() + HEALTH_LOOK_S  # a fork may have left the lock locked
+        while not (has_lock or self._is_known()) and time.monotonic() < give_up_at:
+            call.check()
+            has_lock = self._lock.acquire(timeout=POLL_S)
+
         try:
             if not self._is_known():
-                discover(call)
+                list_models(call)
+        except (StatusError, ProtocolError) as error:
+            if error.retryable:
+                raise
+            self.remember("")
         finally:
             if has_lock:
                 self._lock.release()
@@ -3938,77 +3567,45 @@ class _ServedModel:
     def _is_known(self) -> bool:
         return self.name is not None and time.monotonic() < self._forget_at
 
-    def _wait(self, call: _Call) -> bool:
-        """Wait for another thread's answer; not forever: a fork may have left the lock locked."""
-        give_up_at = time.monotonic() + HEALTH_LOOK_S
-        while time.monotonic() < min(give_up_at, call.deadline_at):
-            if self._lock.acquire(timeout=POLL_S):
-                return True
-            call.check()
-            if self._is_known():
-                return False
-        return False
 
-
+@dataclass(eq=False)
 class _Generation:
     """One generation: what is sent, and what has been received of its reply.
 
     It does not know the Stream that reads it, so that a Stream nobody holds is closed at once.
+    `route`: None until a conversation is rendered. `builder`: None before the reply begins.
     """
 
-    def __init__(
-        self,
-        client: VLLMClient,
-        call: _Call,
-        body: dict[str, Any],
-        wants_stream: bool,
-        prompt_format: str,
-        route: _Route | None,
-    ) -> None:
-        self.call = call
-        self.route = route  # None until a conversation is rendered
-        self._client = client
-        self._body = body
-        self._wants_stream = wants_stream
-        self._prompt_format = prompt_format
-        self._builder: _ResponseBuilder | None = None  # None before the reply begins
-
-    def again(self) -> Self:
-        """Return the same generation, to be sent once more under the same id."""
-        call = _Call(
-            self.call.limits,
-            request_id=self.call.request_id,
-            attempts=self.call.attempts,
-            deadline_at=self.call.deadline_at,
-        )
-        call.keeps_id = self.call.keeps_id
-        return type(self)(
-            self._client, call, self._body, self._wants_stream, self._prompt_format, self.route
-        )
+    client: VLLMClient
+    call: _Call
+    body: dict[str, Any]
+    wants_stream: bool
+    prompt_format: str | None
+    route: _Route | None
+    builder: _ResponseBuilder | None = None
 
     def receive(self) -> Generator[Delta, None, None]:
         """Send the request and yield the deltas of its reply."""
-        client = self._client
+        client = self.client
         call = self.call
         with client._transport.call(call):
             if self.route is None:
-                self.route = client._find_route(call, self._body, self._prompt_format)
+                self.route = client._find_route(call, self.body, self.prompt_format)
             path, body, new_splitter, _degradation = self.route
 
             expected = _read_expected(body, new_splitter)
-            if self._wants_stream:
+            if self.wants_stream:
                 body = _to_stream(body)
-            attempt, facts = client._send_generation(call, path, body)
-            self._builder = _ResponseBuilder(facts, expected, call.request_id)
-            yield from client._read_reply(call, attempt, facts, self._builder)
+            attempt = client._send_generation(call, path, body)
+            self.builder = _ResponseBuilder(attempt.facts, expected, call.request_id)
+            yield from client._read_reply(attempt, self.builder)
 
     def completion(self) -> Completion:
-        """Return what has been received until now."""
         first_token_s = self.call.first_token_s
         total_s = self.call.elapsed_s()
-        if self._builder is None:
+        if self.builder is None:
             return Completion(request_id=self.call.request_id, total_s=total_s)
-        return self._builder.completion(first_token_s=first_token_s, total_s=total_s)
+        return self.builder.completion(first_token_s=first_token_s, total_s=total_s)
 
 
 class Stream(Iterator[Delta]):
@@ -4043,7 +3640,6 @@ class Stream(Iterator[Delta]):
             self._reading.release()
 
     def __enter__(self) -> Self:
-        """Send the request and wait for its first delta."""
         for delta in itertools.islice(self, 1):
             self._ahead.append(delta)
         return self
@@ -4090,7 +3686,7 @@ class Stream(Iterator[Delta]):
 
 # ---- Many calls -------------------------------------------------------------
 #
-# One engine: worker threads take items from an iterator and leave outcomes for one consumer. map()
+# One engine: worker threads take items from an iterator, and one consumer reads the outcomes. map()
 # yields them in the order of the items; run_batch() and bench() take them as they come.
 
 RESULTS_PER_WORKER: Final = 16  # finished results that may wait for the consumer, times concurrency
@@ -4099,89 +3695,74 @@ WAKE_S: Final = 0.5  # on Windows, Ctrl-C reaches a waiting main thread only bet
 PROGRESS_S: Final = 0.2
 
 
-class _Outcome(NamedTuple):
-    """What a function returned for one item, or the exception it raised."""
-
-    value: Any = None
-    error: BaseException | None = None
-
-
 class _Workers:
-    """Threads that call `function` with each item; one more starts whenever an item has been taken.
-
-    `is_ordered`: outcomes come in the order of the items, not of completion. `errors`: as in map();
-    no item is taken after an error that ends it.
-    """
+    """Threads that call `function` with each item; one more starts whenever an item is taken."""
 
     def __init__(
-        self, function: Callable[[Any], Any], items: Iterable[Any], concurrency: int,
-        *, is_ordered: bool, errors: str, progress: "_Progress",
-    ) -> None:  # fmt: skip
+        self, function: Callable[[Any], Any], items: Iterable[Any], concurrency: int, errors: str
+    ) -> None:
         self._function = function
         self._items = iter(items)
-        self._items_error: BaseException | None = None
         self._concurrency = concurrency
-        self._is_ordered = is_ordered
         self._errors = errors
-        self._progress = progress
         self._threads: list[threading.Thread] = []
-        self._outcomes: dict[int, _Outcome] = {}
-        self._taken = 0
-        self._finished = 0
-        self._delivered = 0
-        self._is_exhausted = False
+        self._finished: queue.SimpleQueue[tuple[int, Any, BaseException | None] | None]
+        self._finished = queue.SimpleQueue()  # None: the items have ended
         self._taking = threading.Lock()  # held while the iterator is asked for an item
-        self._lock = threading.RLock()  # reentrant: the garbage collector may stop() in any thread
-        self._has_outcome = threading.Condition(self._lock)
-        self._has_space = threading.Condition(self._lock)
-        with _CallGroup() as group:  # not around a `yield`: it would catch the consumer's calls
+        self._space = threading.Condition()  # reentrant: the garbage collector may stop() anywhere
+        self._is_closed = False  # no more items are taken
+        self._taken = 0
+        self._delivered = 0
+        self._total: int | None = None  # until the items have ended
+        self._items_error: BaseException | None = None
+        with _CallGroup() as self._group:  # not around a `yield`: it would catch other calls
             self._context = copy_context()
-        self._group = group
 
-    def outcomes(self) -> Iterator[_Outcome]:
-        """Yield the outcomes; at their end raise what the iterator of the items raised."""
-        self._start_worker()
-        outcome = self._next_outcome()
-        while outcome is not None:
-            yield outcome
-            outcome = self._next_outcome()
+    def results(self, progress: "_Progress", *, is_ordered: bool) -> Iterator[Any]:
+        """Yield what the function returned or raised; raise what ends the map."""
+        waiting: dict[int, tuple[Any, BaseException | None]] = {}
+        self._start_thread()
+        while self._delivered != self._total:
+            with suppress(queue.Empty):
+                finished = self._finished.get(timeout=WAKE_S)
+                if finished is not None:
+                    place, value, error = finished
+                    waiting[place if is_ordered else self._delivered] = (value, error)
+                    progress.add(value, error)
+
+            while self._delivered in waiting:
+                value, error = waiting.pop(self._delivered)
+                with self._space:
+                    self._delivered += 1
+                    self._space.notify()
+                if error is not None and self._ends_map(error):
+                    raise error
+                yield value if error is None else error
 
         if self._items_error is not None:
             raise self._items_error
 
     def stop(self) -> None:
         """Stop the calls that have not ended, and wait a moment for the threads."""
-        with self._lock:
-            is_finished = self._is_finished()
-            self._is_exhausted = True
-            self._has_space.notify_all()
-        if not is_finished:
-            self._group.stop()
-
+        self._close()
+        self._group.stop()
         stops_at = time.monotonic() + STOP_S
         for thread in self._threads:
             if thread is not threading.current_thread():
                 thread.join(max(0.0, stops_at - time.monotonic()))
 
-    def _is_finished(self) -> bool:
-        return self._is_exhausted and self._delivered == self._taken
+    def _ends_map(self, error: BaseException) -> bool:
+        if isinstance(error, AbortError) or not isinstance(error, Exception):
+            return True
+        return self._errors == "raise"
 
-    def _next_outcome(self) -> _Outcome | None:
-        with self._lock:
-            while self._delivered not in self._outcomes:
-                if self._is_finished():
-                    return None
-                self._has_outcome.wait(WAKE_S)
+    def _close(self) -> None:
+        with self._space:
+            self._is_closed = True
+            self._space.notify_all()
 
-            outcome = self._outcomes.pop(self._delivered)
-            self._delivered += 1
-            self._has_space.notify()
-            return outcome
-
-    def _start_worker(self) -> None:
-        with self._lock:
-            if self._is_exhausted or len(self._threads) == self._concurrency:
-                return
+    def _start_thread(self) -> None:
+        if len(self._threads) < self._concurrency and not self._is_closed:
             run = self._context.copy().run
             name = f"vllm-map-{len(self._threads)}"
             thread = threading.Thread(target=run, args=(self._work,), name=name, daemon=True)
@@ -4195,43 +3776,34 @@ class _Workers:
                     return
                 try:
                     item = next(self._items)
-                except BaseException as error:  # noqa: BLE001  # raised where the outcomes are read
+                except BaseException as error:  # noqa: BLE001  # raised by results()
                     self._end_items(error)
                     return
-                position = self._taken
+                place = self._taken
                 self._taken += 1
-                self._start_worker()
+                self._start_thread()
+
             try:
-                outcome = _Outcome(self._function(item))
-            except BaseException as error:  # noqa: BLE001  # raised where the outcomes are read
-                outcome = _Outcome(error=error)
-            self._leave(position, outcome)
+                self._finished.put((place, self._function(item), None))
+            except BaseException as error:  # noqa: BLE001  # raised by results()
+                if self._ends_map(error):
+                    self._close()  # what comes after it would never be yielded
+                self._finished.put((place, None, error))
 
     def _wait_for_space(self) -> bool:
-        """Return whether an item may be taken, once there is space for its outcome."""
+        """Return whether an item may be taken, once there is space for its result."""
         limit = RESULTS_PER_WORKER * self._concurrency
-        with self._lock:
-            while self._taken - self._delivered >= limit and not self._is_exhausted:
-                self._has_space.wait()
-            return not self._is_exhausted
+        with self._space:
+            while self._taken - self._delivered >= limit and not self._is_closed:
+                self._space.wait()
+            return not self._is_closed
 
     def _end_items(self, error: BaseException) -> None:
-        with self._lock:
-            self._is_exhausted = True
-            if not isinstance(error, StopIteration):
-                self._items_error = error
-            self._has_outcome.notify()
-
-    def _leave(self, position: int, outcome: _Outcome) -> None:
-        with self._lock:
-            self._progress.add(outcome)
-            place = position if self._is_ordered else self._finished
-            self._finished += 1
-            self._outcomes[place] = outcome
-            if _ends_map(outcome.error, self._errors):
-                self._is_exhausted = True  # what comes after it would never be yielded
-            if place == self._delivered:
-                self._has_outcome.notify()
+        self._close()
+        if not isinstance(error, StopIteration):
+            self._items_error = error
+        self._total = self._taken
+        self._finished.put(None)
 
 
 class _Progress:
@@ -4246,33 +3818,31 @@ class _Progress:
         self._failed = 0
         self._tokens = 0
 
-    def add(self, outcome: _Outcome) -> None:
-        """Count an outcome; its value may have `error`, and `output_tokens` or `usage`."""
-        value = outcome.value
+    def add(self, value: Any, error: BaseException | None) -> None:
+        """Count a result; it may have `error`, and `output_tokens` or `usage`."""
         self._done += 1
-        self._failed += (outcome.error or getattr(value, "error", None)) is not None
+        self._failed += (error or getattr(value, "error", None)) is not None
         self._tokens += getattr(getattr(value, "usage", value), "output_tokens", 0)
-        if self._is_shown and time.monotonic() - self._shown_at >= PROGRESS_S:
-            self._show()
+        if time.monotonic() - self._shown_at >= PROGRESS_S:
+            self.show()
 
-    def close(self) -> None:
-        """Show the last state and end the line."""
-        if self._is_shown:
-            self._show()
-            sys.stderr.write("\n")
-
-    def _show(self) -> None:
+    def show(self, end: str = "") -> None:
+        if not self._is_shown:
+            return
         self._shown_at = time.monotonic()
         elapsed_s = max(0.001, self._shown_at - self._started_at)
         calls_per_s = self._done / elapsed_s
-        text = f" done, {self._failed} failed, {calls_per_s:.1f} calls/s"
-        text += f", {self._tokens / elapsed_s:.0f} tokens/s"
-        if self._total is None:
-            text = f"{self._done}{text}"
-        else:
+        of_total = ""
+        time_left = ""
+        if self._total is not None:
+            of_total = f"/{self._total}"
             left_s = (self._total - self._done) / max(calls_per_s, 1e-9)
-            text = f"{self._done}/{self._total}{text}, {left_s:.0f} s left"
-        sys.stderr.write(f"\r\x1b[K{text}")
+            time_left = f", {left_s:.0f} s left"
+
+        sys.stderr.write(
+            f"\r\x1b[K{self._done}{of_total} done, {self._failed} failed, {calls_per_s:.1f} calls/s"
+            f", {self._tokens / elapsed_s:.0f} tokens/s{time_left}{end}"
+        )
         sys.stderr.flush()
 
 
@@ -4282,31 +3852,18 @@ def _map_in_threads(
     total: int | None = None,
 ) -> Generator[Any, None, None]:  # fmt: skip
     """Yield what `function` returns for each item; its calls and threads end with the iteration."""
-    shown = _Progress(progress, total)
-    workers = _Workers(
-        function, items, concurrency, is_ordered=is_ordered, errors=errors, progress=shown
-    )
+    line = _Progress(progress, total)
+    workers = _Workers(function, items, concurrency, errors)
     try:
-        for value, error in workers.outcomes():
-            if error is None:
-                yield value
-            elif _ends_map(error, errors):
-                raise error
-            else:
-                yield error
-    finally:
+        yield from workers.results(line, is_ordered=is_ordered)
+    except BaseException:
         workers.stop()
-        shown.close()
+        raise
+    finally:
+        line.show(end="\n")
 
 
-def _ends_map(error: BaseException | None, errors: str) -> bool:
-    """Return whether an error is raised, not yielded; AbortError is: the calls were stopped."""
-    if error is None:
-        return False
-    return errors == "raise" or isinstance(error, AbortError) or not isinstance(error, Exception)
-
-
-def _read_count(name: str, value: int | None, default: int) -> int:
+def _read_count(name: str, value: int | None, default: int = 1) -> int:
     """Return a number of at least 1."""
     if value is None:
         return default
@@ -4335,9 +3892,11 @@ class BatchReport:
     first_error: str | None = None
 
     def __str__(self) -> str:
-        text = f"{self.total} lines: {self.done} done, {self.failed} failed, {self.skipped} skipped"
-        text += f" in {self.seconds:.1f} s, {self.input_tokens} input tokens"
-        text += f", {self.output_tokens} output tokens"
+        text = (
+            f"{self.total} lines: {self.done} done, {self.failed} failed, {self.skipped} skipped"
+            f" in {self.seconds:.1f} s, {self.input_tokens} input tokens"
+            f", {self.output_tokens} output tokens"
+        )
         return text if self.first_error is None else f"{text}; first error: {self.first_error}"
 
 
@@ -4360,36 +3919,26 @@ def _parse_batch_line(number: int, raw: bytes) -> _BatchLine:
     custom_id = f"line {number}"  # not the number alone: that may be another line's custom_id
     try:
         line = json.loads(raw.decode())
-        _check_type(line, dict, "a line must be a JSON object")
-        if "body" not in line:
-            line = _to_batch_form(number, line)
-        _check_type(line.get("custom_id"), str, "custom_id must be a string")
+        _check_line(isinstance(line, dict), "a line must be a JSON object")
+        if "body" not in line and not line.keys().isdisjoint({"prompt", "messages"}):
+            url = CHAT_PATH if "messages" in line else COMPLETIONS_PATH
+            line = {"custom_id": line.pop("custom_id", str(number)), "url": url, "body": line}
+
+        _check_line(isinstance(line.get("custom_id"), str), "custom_id must be a string")
         custom_id = line["custom_id"]
-        _check_type(line.get("body"), dict, "body must be a JSON object")
-        if line.get("method", "POST") != "POST":
-            raise ValueError("method must be POST")
-        if not str(line.get("url")).startswith("/"):
-            raise ValueError("url must be a path like /v1/chat/completions")
+        _check_line(isinstance(line.get("body"), dict), "body must be a JSON object")
+        _check_line(line.get("method", "POST") == "POST", "method must be POST")
+        is_path = str(line.get("url")).startswith("/")
+        _check_line(is_path, "url must be a path like /v1/chat/completions")
     except (ValueError, RecursionError) as error:
         reason = str(error).partition(": line ")[0]  # json's own numbers are of no use here
         return _BatchLine(number, custom_id, problem=f"line {number}: {reason}")
     return _BatchLine(number, custom_id, line["url"], line["body"])
 
 
-def _check_type(value: Any, kind: type, text: str) -> None:
-    if not isinstance(value, kind):
-        raise ValueError(text)
-
-
-def _to_batch_form(number: int, line: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return a line that is a request alone, without `body`, in the form of a batch file."""
-    custom_id = line.get("custom_id", str(number))
-    body = {name: line[name] for name in line if name != "custom_id"}
-    if "messages" in line:
-        return {"custom_id": custom_id, "url": CHAT_PATH, "body": body}
-    if "prompt" in line:
-        return {"custom_id": custom_id, "url": COMPLETIONS_PATH, "body": body}
-    return line
+def _check_line(is_valid: bool, problem: str) -> None:
+    if not is_valid:
+        raise ValueError(problem)
 
 
 def _parse_result_line(raw: bytes) -> tuple[str, bool] | None:
@@ -4402,9 +3951,14 @@ def _parse_result_line(raw: bytes) -> tuple[str, bool] | None:
         return None
 
 
-def _build_result_line(custom_id: str, reply_id: str, payload: Mapping[str, Any]) -> bytes:
-    response = {"status_code": 200, "request_id": reply_id, "body": payload}
-    return _encode_result(custom_id, reply_id, response, None)
+def _build_result_line(
+    custom_id: str, reply_id: str, response: Mapping[str, Any] | None, error: Any = None
+) -> bytes:
+    line = {"id": f"vllm-{reply_id}", "custom_id": custom_id, "response": response, "error": error}
+    try:
+        return _encode(line) + b"\n"
+    except ConfigurationError:  # NaN, or a lone surrogate that the server wrote as \ud83d
+        return json.dumps(_to_json(line), allow_nan=False).encode() + b"\n"
 
 
 def _build_failure_line(custom_id: str, error: Exception) -> bytes:
@@ -4415,20 +3969,12 @@ def _build_failure_line(custom_id: str, error: Exception) -> bytes:
     status = getattr(error, "status_code", None)
     reply_id = getattr(error, "request_id", None) or str(uuid.uuid4())
     if status is None:
-        details = {"code": kind, "message": str(error)}
-        return _encode_result(custom_id, reply_id, None, details)
+        return _build_result_line(custom_id, reply_id, None, {"code": kind, "message": str(error)})
+
     message = getattr(error, "server_message", "") or str(error)
-    fields = {"message": message, "type": kind, "param": None, "code": status}
+    details = {"message": message, "type": kind, "param": None, "code": status}
     response = {"status_code": status, "request_id": reply_id, "body": None}
-    return _encode_result(custom_id, reply_id, response, {"error": fields})
-
-
-def _encode_result(custom_id: str, reply_id: str, response: Any, error: Any) -> bytes:
-    line = {"id": f"vllm-{reply_id}", "custom_id": custom_id, "response": response, "error": error}
-    try:
-        return _encode(line) + b"\n"
-    except ConfigurationError:  # NaN, or a lone surrogate that the server wrote as \ud83d
-        return json.dumps(_to_json(line), allow_nan=False).encode() + b"\n"
+    return _build_result_line(custom_id, reply_id, response, {"error": details})
 
 
 _SEEN: Final = 1  # flags of an id: it is in the source, its last result is a success, … a failure
@@ -4437,64 +3983,48 @@ _FAILED: Final = 4
 
 
 class _IdTable:
-    """The flags of a million ids in 18 MB, where a dict takes 150.
-
-    An open hash table, at most half full, of 8-byte BLAKE2b hashes instead of the ids. Two of a
-    million ids share a hash with a probability of 3e-8.
-    """
+    """The flags of ids, in a temporary file: a dict of a million takes 150 MB."""
 
     def __init__(self) -> None:
-        self._hashes = array.array("Q", bytes(8 * 1024))
-        self._flags = bytearray(1024)
-        self._count = 0
+        import sqlite3
+
+        self._database = sqlite3.connect("", check_same_thread=False)  # never used by two at once
+        self._database.execute("CREATE TABLE ids (id PRIMARY KEY, flags) WITHOUT ROWID")
+        self.close = self._database.close
 
     def add(self, custom_id: str, flag: int, keep: int = 0xFF) -> int:
         """Set a flag of an id, drop those not in `keep`, and return the flags it had before."""
-        raw = custom_id.encode("utf-8", "surrogatepass")
-        digest = hashlib.blake2b(raw, digest_size=8).digest()
-        key = max(1, int.from_bytes(digest, "little"))  # 0 is an empty slot
-        slot = self._find_slot(key)
-        before = self._flags[slot]
-        self._flags[slot] = (before & keep) | flag
-        if self._hashes[slot] == 0:
-            self._hashes[slot] = key
-            self._count += 1
-        if self._count * 2 > len(self._flags):
-            self._grow()
+        before = self.find(custom_id)
+        key = custom_id.encode("utf-8", "surrogatepass")
+        flags = (before & keep) | flag
+        self._database.execute("REPLACE INTO ids VALUES (?, ?)", (key, flags))
         return before
 
-    def _find_slot(self, key: int) -> int:
-        hashes = self._hashes
-        mask = len(hashes) - 1
-        slot = key & mask
-        while hashes[slot] not in (key, 0):
-            slot = (slot + 1) & mask
-        return slot
-
-    def _grow(self) -> None:
-        old = zip(self._hashes, self._flags, strict=True)
-        self._hashes = array.array("Q", bytes(16 * len(self._flags)))
-        self._flags = bytearray(2 * len(self._flags))
-        for key, flags in old:
-            if key != 0:
-                slot = self._find_slot(key)
-                self._hashes[slot] = key
-                self._flags[slot] = flags
+    def find(self, custom_id: str) -> int:
+        key = custom_id.encode("utf-8", "surrogatepass")
+        rows = self._database.execute("SELECT flags FROM ids WHERE id = ?", (key,))
+        return int(next(rows, (0,))[0])
 
 
 # ---- Many calls: batches ----------------------------------------------------
 
 MAX_LINE_SENDS: Final = 3  # of a line whose connection breaks while its server answers others
 SERVER_GONE_S: Final = 300.0  # how long a batch waits for servers that have stopped answering
-SERVER_POLL_S: Final = 0.2
 SERVER_PAUSE_S: Final = (0.5, 30.0)  # the limits of a pause before a server is tried again
 FULL_STATUS: Final = frozenset({429, 503})
+
+
+def _open_batch_file(path: str, mode: str) -> io.FileIO:
+    try:
+        return io.FileIO(path, mode)
+    except OSError as error:
+        raise ConfigurationError(f"cannot open {path}: {error.strerror}") from error
 
 
 def _open_batch_source(path: str) -> BinaryIO:
     """Return the file, which is read twice; standard input is copied to a temporary one first."""
     if path != "-":
-        return _open_batch_file(path, "rb")
+        return io.BufferedReader(_open_batch_file(path, "rb"))
     import shutil
     import tempfile
 
@@ -4507,10 +4037,8 @@ def _read_batch_lines(file: BinaryIO) -> Iterator[_BatchLine]:
     r"""Yield the lines that are not blank. They end at \n only: JSON may hold other line breaks."""
     file.seek(0)
     for number, raw in enumerate(file, 1):
-        text = raw.strip()
-        if number == 1:
-            text = text.removeprefix(b"\xef\xbb\xbf").strip()
-        if text:
+        text = raw.removeprefix(b"\xef\xbb\xbf") if number == 1 else raw
+        if text.strip():
             yield _parse_batch_line(number, text)
 
 
@@ -4528,39 +4056,38 @@ def _note_ids(file: BinaryIO, ids: _IdTable) -> "collections.Counter[int]":
     return counts
 
 
+def _note_results(path: str, ids: _IdTable) -> int:
+    """Note the results of earlier runs, of which the last of an id counts; return their bytes."""
+    size = 0
+    if not os.path.isfile(path):
+        return size
+
+    with io.BufferedReader(_open_batch_file(path, "rb")) as file:
+        for number, raw in enumerate(file, 1):
+            if not raw.endswith(b"\n"):
+                break  # cut off when an earlier run was killed
+            size += len(raw)
+            result = _parse_result_line(raw)
+            if result is None:
+                where = f"line {number} of {path}"
+                raise ConfigurationError(
+                    f"{where} is not the result of a batch; is it the right file?"
+                )
+            custom_id, is_done = result
+            ids.add(custom_id, _DONE if is_done else _FAILED, keep=_SEEN)
+    return size
+
+
 class _BatchTarget:
     """The results of a batch. A line is written whole, or the file is left as it was."""
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, size: int) -> None:
+        """Open the file for more lines, and cut what comes after `size` bytes."""
         self._path = path
+        self._size = size
         self._lock = threading.Lock()
-        self._size = 0
-        self._file: Any = io.BytesIO()  # until open()
-
-    def note_results(self, ids: _IdTable) -> None:
-        """Note the results of earlier runs; the last one of an id counts."""
-        if not os.path.isfile(self._path):
-            return
-        with _open_batch_file(self._path, "rb") as file:
-            for number, raw in enumerate(file, 1):
-                if not raw.endswith(b"\n"):
-                    break  # cut off when an earlier run was killed
-                self._size += len(raw)
-                result = _parse_result_line(raw)
-                if result is None:
-                    where = f"line {number} of {self._path}"
-                    text = f"{where} is not the result of a batch; is it the right file?"
-                    raise ConfigurationError(text)
-                custom_id, is_done = result
-                ids.add(custom_id, _DONE if is_done else _FAILED, keep=_SEEN)
-
-    def open(self) -> None:
-        """Open the file for more lines, and drop a last one that is not whole."""
-        if self._path == "-":
-            self._file = sys.stdout.buffer
-        else:
-            self._file = _open_batch_file(self._path, "ab")
-            self._cut()
+        self._file: Any = sys.stdout.buffer if path == "-" else _open_batch_file(path, "ab")
+        self._cut()
 
     def write(self, line: bytes) -> None:
         """Write a line at once, from any thread; raise OSError when the disk is full."""
@@ -4584,15 +4111,6 @@ class _BatchTarget:
             self._file.truncate(self._size)
 
 
-def _open_batch_file(path: str, mode: Literal["rb", "ab"]) -> BinaryIO:
-    """Return the file; what is written to it goes to the system at once."""
-    try:
-        file: Any = io.FileIO(path, "ab") if mode == "ab" else io.BufferedReader(io.FileIO(path))
-    except OSError as error:
-        raise ConfigurationError(f"cannot open {path}: {error.strerror}") from error
-    return cast(BinaryIO, file)
-
-
 class _LineResult(NamedTuple):
     error: str | None
     input_tokens: int = 0
@@ -4604,40 +4122,43 @@ class _Server:
     """A server of a batch. `failure`: why it is left alone until `next_try_at`, or None."""
 
     client: VLLMClient
-    places: int
+    places: int  # that are free; below 0 while it does the work of others
     answered_at: float = -math.inf
-    next_try_at: float = 0.0
+    next_try_at: float = -math.inf
     failure: VLLMError | None = None
 
     def is_gone(self) -> bool:
         return self.failure is not None and time.monotonic() - self.answered_at > SERVER_GONE_S
 
+    def note(self, failure: VLLMError | None) -> None:
+        """Remember that it answered, or why it did not."""
+        now = time.monotonic()
+        self.failure = failure
+        if failure is None:
+            self.answered_at = now
+            self.next_try_at = now
+        else:
+            self.next_try_at = now + _pause_s(now - self.answered_at)
+
 
 class _Batch:
     """A batch while it runs. A line goes to the server with the most free places."""
 
+    target: _BatchTarget
+
     def __init__(
-        self, clients: Sequence[VLLMClient], concurrency: int | None,
-        params: Mapping[str, Any], target: _BatchTarget,
-    ) -> None:  # fmt: skip
+        self, clients: Sequence[VLLMClient], concurrency: int | None, params: Mapping[str, Any]
+    ) -> None:
+        self.places = 0  # how many lines are sent at once
+        self.is_stopped = threading.Event()  # which ends the waiting for servers
         self._params = params
         self._limits = _read_limits(clients[0].config, params)
-        self._target = target
-        self._changed = threading.Condition()
-        self._is_stopped = threading.Event()
+        self._lock = threading.Lock()
         self._servers: list[_Server] = []
         for client in clients:
             places = _read_count("concurrency", concurrency, client.config.max_concurrency)
             self._servers.append(_Server(client, places))
-
-    @property
-    def places(self) -> int:
-        """Return how many lines are sent at once."""
-        return sum(server.places for server in self._servers)
-
-    def stop(self) -> None:
-        """End the waiting for servers."""
-        self._is_stopped.set()
+            self.places += places
 
     def run_line(self, line: _BatchLine) -> _LineResult:
         """Send a line and write its result; raise what ends the batch."""
@@ -4650,83 +4171,67 @@ class _Batch:
         except (VLLMError, TypeError) as error:
             if self._are_gone():
                 raise
-            self._target.write(_build_failure_line(line.custom_id, error))
+            self.target.write(_build_failure_line(line.custom_id, error))
             prefix = f"line {line.number}: "
             return _LineResult(prefix + str(error).removeprefix(prefix))
 
-        self._target.write(_build_result_line(line.custom_id, reply_id, payload))
-        if not payload.get("usage"):
-            return _LineResult(None)
-        usage = _parse_usage(payload["usage"])
+        response = {"status_code": 200, "request_id": reply_id, "body": payload}
+        self.target.write(_build_result_line(line.custom_id, reply_id, response))
+        counts = payload.get("usage") if isinstance(payload, dict) else None  # or a list, or text
+        usage = _parse_usage(counts if isinstance(counts, dict) else {})
         return _LineResult(None, usage.input_tokens, usage.output_tokens)
 
-    def _send(self, line: _BatchLine) -> tuple[str, Mapping[str, Any]]:
+    def _send(self, line: _BatchLine) -> tuple[str, Any]:
         """Return the id and the payload of a reply; wait for servers that are full or silent."""
         started_at = time.monotonic()
         deadline_at = started_at + self._limits.deadline
         breaks = 0
-        while True:
-            server = self._acquire(deadline_at)
-            failure: VLLMError | None = None
-            pause_s = 0.0
+        while not self.is_stopped.is_set():
+            server = self._acquire()
             try:
-                return self._request(server.client, line, deadline_at)
+                reply = self._request(server.client, line, deadline_at)
+                server.note(None)
+                return reply
             except VLLMError as error:
-                if error.status_code in FULL_STATUS:
-                    pause_s = _pause_s(time.monotonic() - started_at, error.retry_after or 0.0)
-                elif _is_broken(error):
-                    failure = error
+                if isinstance(error, NetworkError | StreamError) or error.status_code == 502:
                     breaks += server.failure is None
+                    server.note(error)
+                    retry_at = min(one.next_try_at for one in self._servers)
                 else:
-                    raise
-                if breaks == MAX_LINE_SENDS or time.monotonic() + pause_s >= deadline_at:
+                    server.note(None)
+                    waited_s = server.answered_at - started_at
+                    retry_at = server.answered_at + _pause_s(waited_s, error.retry_after or 0.0)
+                    if error.status_code not in FULL_STATUS:
+                        raise
+                if breaks == MAX_LINE_SENDS or retry_at >= deadline_at or self._are_gone():
                     raise
             finally:
-                self._release(server, failure)
-            self._is_stopped.wait(pause_s)
-
-    def _acquire(self, deadline_at: float) -> _Server:
-        """Return the server with the most free places; wait for one that answers."""
-        with self._changed:
-            while not self._is_stopped.is_set():
-                now = time.monotonic()
-                ready = [one for one in self._servers if one.places and now >= one.next_try_at]
-                if ready:
-                    server = max(ready, key=lambda one: one.places)
-                    server.places -= 1
-                    return server
-
-                failure = self._servers[0].failure
-                if failure is not None and (now >= deadline_at or self._are_gone()):
-                    raise failure
-                self._changed.wait(SERVER_POLL_S)
+                with self._lock:
+                    server.places += 1
+            self.is_stopped.wait(retry_at - time.monotonic())
         raise AbortError("the batch was stopped")
+
+    def _acquire(self) -> _Server:
+        """Return the server with the most free places among those that answer."""
+        with self._lock:
+            now = time.monotonic()
+            ready = [server for server in self._servers if now >= server.next_try_at]
+            server = max(ready or self._servers, key=lambda one: one.places)
+            server.places -= 1
+            return server
 
     def _are_gone(self) -> bool:
         return all(server.is_gone() for server in self._servers)
 
-    def _release(self, server: _Server, failure: VLLMError | None) -> None:
-        now = time.monotonic()
-        with self._changed:
-            server.places += 1
-            server.failure = failure
-            if failure is None:
-                server.answered_at = now
-                server.next_try_at = 0.0
-            else:
-                server.next_try_at = now + _pause_s(now - server.answered_at)
-            self._changed.notify()
-
-    def _request(
-        self, client: VLLMClient, line: _BatchLine, deadline_at: float
-    ) -> tuple[str, Mapping[str, Any]]:
+    def _request(self, client: VLLMClient, line: _BatchLine, deadline_at: float) -> tuple[str, Any]:
         """Return the id and the payload of one reply; the batch's parameters are defaults."""
         body = {**self._params, **line.body}
-        if line.url not in (CHAT_PATH, COMPLETIONS_PATH):
-            body = {name: value for name, value in body.items() if name not in CALL_LIMITS}
+        if line.url not in GENERATION_PATHS:
+            for name in CALL_LIMITS:
+                body.pop(name, None)
             left_s = max(0.001, deadline_at - time.monotonic())
             payload = client.post(line.url, body, timeout=self._limits.timeout, deadline=left_s)
-            return str(payload.get("id")), payload
+            return str(payload.get("id") if isinstance(payload, dict) else None), payload
 
         for name in ("stream", "stream_options"):  # a result is a whole reply
             body.pop(name, None)
@@ -4739,11 +4244,6 @@ class _Batch:
         )
         collections.deque(stream, maxlen=0)
         return stream.request_id, stream.completion.payload
-
-
-def _is_broken(error: VLLMError) -> bool:
-    """Return whether an error is about a server that does not answer, not about a request."""
-    return isinstance(error, NetworkError | StreamError) or error.status_code == 502
 
 
 def _pause_s(waited_s: float, retry_after_s: float = 0.0) -> float:
@@ -4759,37 +4259,38 @@ def _complete_batch(
 ) -> BatchReport:  # fmt: skip
     """Return the report of VLLMClient.run_batch()."""
     started_at = time.monotonic()
-    with closing(_open_batch_source(source)) as file, closing(_BatchTarget(target)) as results:
-        if _is_same_file(source, target):
-            raise ConfigurationError(f"source and target are the same file: {target}")
-        batch = _Batch(clients, concurrency, params, results)
-        ids = _IdTable()
-        results.note_results(ids)
+    if _is_same_file(source, target):
+        raise ConfigurationError(f"source and target are the same file: {target}")
+    batch = _Batch(clients, concurrency, params)
+    final = _DONE if retry_failed else _DONE | _FAILED
+    tally: collections.Counter[str] = collections.Counter()  # names as in BatchReport
+    first_error: str | None = None
+
+    with ExitStack() as stack:
+        file = stack.enter_context(_open_batch_source(source))
+        ids = stack.enter_context(closing(_IdTable()))
+        size = _note_results(target, ids)
         counts = _note_ids(file, ids)
-        results.open()
+        batch.target = stack.enter_context(closing(_BatchTarget(target, size)))
 
-        total = sum(counts.values())
-        old_failures = 0
-        final = _DONE
-        if not retry_failed:
-            old_failures = counts[_FAILED]
-            final = _DONE | _FAILED
-        lines = (line for line in _read_batch_lines(file) if not ids.add(line.custom_id, 0) & final)
-        outcomes = _map_in_threads(
-            batch.run_line, lines, batch.places, is_ordered=False, progress=progress,
-            total=total - counts[_DONE] - old_failures,
-        )  # fmt: skip
-        try:
-            tally, first_error = _tally_results(outcomes)
-        finally:
-            batch.stop()
-            outcomes.close()
+        lines = (line for line in _read_batch_lines(file) if not ids.find(line.custom_id) & final)
+        left = sum(count for flags, count in counts.items() if not flags & final)
+        results = _map_in_threads(
+            batch.run_line, lines, batch.places, is_ordered=False, progress=progress, total=left
+        )
+        stack.enter_context(closing(results))
+        stack.callback(batch.is_stopped.set)
+        for result in results:
+            tally["done" if result.error is None else "failed"] += 1
+            tally["input_tokens"] += result.input_tokens
+            tally["output_tokens"] += result.output_tokens
+            first_error = first_error or result.error
 
-    tally["failed"] += old_failures
+    total = counts.total()
+    skipped = counts[_DONE]
+    tally["failed"] += total - skipped - left
     seconds = time.monotonic() - started_at
-    return BatchReport(
-        total, skipped=counts[_DONE], seconds=seconds, first_error=first_error, **tally
-    )
+    return BatchReport(total, skipped=skipped, seconds=seconds, first_error=first_error, **tally)
 
 
 def _is_same_file(source: str, target: str) -> bool:
@@ -4797,21 +4298,6 @@ def _is_same_file(source: str, target: str) -> bool:
         return os.path.samefile(source, target)
     except OSError:  # one of them does not exist, or is "-"
         return False
-
-
-def _tally_results(results: Iterable[_LineResult]) -> tuple["collections.Counter[str]", str | None]:
-    """Return the sums, under the names of BatchReport, and the first error."""
-    tally: collections.Counter[str] = collections.Counter()
-    first_error: str | None = None
-    for result in results:
-        tally["input_tokens"] += result.input_tokens
-        tally["output_tokens"] += result.output_tokens
-        if result.error is None:
-            tally["done"] += 1
-        else:
-            tally["failed"] += 1
-            first_error = first_error or result.error
-    return tally, first_error
 
 
 # ---- Many calls: scores -----------------------------------------------------
@@ -4845,10 +4331,7 @@ class Score:
     @property
     def perplexity(self) -> float:
         """Return exp(-logprob_per_token)."""
-        try:
-            return math.exp(-self.logprob_per_token)
-        except OverflowError:  # above e^709
-            return math.inf
+        return _to_perplexity(self.logprob_per_token)
 
     @property
     def logprob_per_byte(self) -> float:
@@ -4859,6 +4342,13 @@ class Score:
     def bits_per_byte(self) -> float:
         """Return -logprob_per_byte / ln 2."""
         return -self.logprob_per_byte / math.log(2)
+
+
+def _to_perplexity(mean_logprob: float) -> float:
+    try:
+        return math.exp(-mean_logprob)
+    except OverflowError:  # above e^709
+        return math.inf
 
 
 class _ScoreRequest(NamedTuple):
@@ -4886,47 +4376,46 @@ class _Scorer:
             raise ConfigurationError(f"a text to score must be a string, got {type(text).__name__}")
         if isinstance(self._context, str):
             ids = self._client.tokenize(self._context + text, **self._options)
-            start = _count_common(ids, self._context_ids)
+            pairs = zip(ids, self._context_ids, strict=False)
+            start = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
         else:
             own = self._client.tokenize(text, add_special_tokens=False, **self._options)
             ids = [*self._context_ids, *own]
             start = len(self._context_ids)
 
         if len(ids) <= max(1, start):
-            text = "a text to score must have a token of its own after the context"
-            raise ConfigurationError(text)
+            raise ConfigurationError(
+                "a text to score must have a token of its own after the context"
+            )
         if start < len(self._context_ids):
             text = self._client.detokenize(ids[start:])
         return _ScoreRequest(ids, start, text)
 
     def score(self, request: _ScoreRequest) -> Score:
         """Return the score of one text, by a full prefill."""
-        params = {"prompt_logprobs": 0, "max_tokens": 1, "temperature": 0}
-        reply = self._client.complete(request.ids, **{**self._params, **params})
+        reply = self._complete(request.ids, prompt_logprobs=0)
         known = list(filter(None, reply.choices[0].prompt_logprobs[1:]))  # the first has none
         if [token.token_id for token in known] != request.ids[1:]:
             count = f"prompt_logprobs for {len(known)} of {len(request.ids) - 1} tokens"
             raise ProtocolError(f"{count}: {self._client.config.base_url}; is it vLLM?")
 
         tokens = known[max(0, request.start - 1) :]
-        is_greedy = all(token.rank == 1 for token in tokens)
-        logprob = math.fsum(map(_to_logprob, tokens))
-        if request.start == 0:
-            tokens.insert(0, TokenLogprob(self._client.detokenize(request.ids[:1]), None))
-        return Score(request.text, logprob, tuple(tokens), is_greedy, math.exp(logprob))
+        score = _to_score(request.text, tokens, is_greedy=all(token.rank == 1 for token in tokens))
+        if request.start > 0:
+            return score
+        first = TokenLogprob(self._client.detokenize(request.ids[:1]), None)
+        return replace(score, tokens=(first, *tokens))
 
     def score_single_tokens(self, requests: Sequence[_ScoreRequest]) -> list[Score] | None:
         """Return the scores of texts of one token, by one request; None where that cannot be."""
         context_ids = requests[0].ids[:-1]
-        are_single = all(one.ids[:-1] == context_ids == one.ids[: one.start] for one in requests)
-        ids = sorted({one.ids[-1] for one in requests})
-        if not are_single:
+        if any(one.ids[:-1] != context_ids or one.start < len(context_ids) for one in requests):
             return None
 
-        params: dict[str, Any] = {"logprob_token_ids": ids, "logprobs": 0, "max_tokens": 1}
-        params |= {"temperature": 0, "return_tokens_as_token_ids": True}
+        ids = sorted({one.ids[-1] for one in requests})
+        options = {"logprobs": 0, "return_tokens_as_token_ids": True}
         try:
-            reply = self._client.complete(context_ids, **{**self._params, **params})
+            reply = self._complete(context_ids, logprob_token_ids=ids, **options)
             sampled = reply.logprobs[0]
         except (InvalidRequestError, IndexError):
             return None  # more than 128, for one
@@ -4935,30 +4424,22 @@ class _Scorer:
             return None  # vLLM up to 0.25 ignores the parameter
 
         scores = []
-        for one in requests:
-            token = by_id[one.ids[-1]]._replace(token=one.text, top=())
-            logprob = _to_logprob(token)
+        for request in requests:
+            token = by_id[request.ids[-1]]._replace(token=request.text, top=())
             is_greedy = token.token_id == sampled.token_id
-            scores.append(Score(one.text, logprob, (token,), is_greedy, math.exp(logprob)))
+            scores.append(_to_score(request.text, [token], is_greedy=is_greedy))
         return scores
 
+    def _complete(self, ids: list[int], **params: Any) -> Completion:
+        fixed = {"max_tokens": 1, "temperature": 0}
+        return self._client.complete(ids, **{**self._params, **fixed, **params})
 
-def _to_logprob(token: TokenLogprob) -> float:
-    return -math.inf if token.logprob is None else token.logprob  # None: the server computed NaN
 
-
-def _count_common(left: Sequence[int], right: Sequence[int]) -> int:
-    """Return the length of the longest common prefix.
-
-    >>> _count_common([1, 2, 3], [1, 2, 9, 9])
-    2
-    """
-    count = 0
-    for one, other in zip(left, right, strict=False):
-        if one != other:
-            break
-        count += 1
-    return count
+def _to_score(text: str, tokens: Sequence[TokenLogprob], *, is_greedy: bool) -> Score:
+    # None: the server computed NaN.
+    values = [-math.inf if token.logprob is None else token.logprob for token in tokens]
+    logprob = math.fsum(values)
+    return Score(text, logprob, tuple(tokens), is_greedy, math.exp(logprob))
 
 
 def _choose_text(
@@ -4979,10 +4460,8 @@ def _choose_text(
         return scores
     weights = [math.exp(score.logprob - best) for score in scores]
     total = math.fsum(weights)
-    return [
-        replace(score, probability=weight / total)
-        for score, weight in zip(scores, weights, strict=True)
-    ]
+    pairs = zip(scores, weights, strict=True)
+    return [replace(score, probability=weight / total) for score, weight in pairs]
 
 
 # ---- Many calls: benchmark --------------------------------------------------
@@ -4990,6 +4469,10 @@ def _choose_text(
 # The formulas, labels and result keys of `vllm bench serve`.
 
 LAG_WARNING: Final = (1.0, 0.05)  # milliseconds, and share of the TTFT
+BENCH_ENDPOINTS: Final = {  # path, vLLM's name, the parameter that limits a reply
+    "completions": (COMPLETIONS_PATH, "openai", "max_tokens"),
+    "chat": (CHAT_PATH, "openai-chat", "max_completion_tokens"),
+}
 BENCH_METRICS: Final = {
     "ttft": "Time to First Token",
     "tpot": "Time per Output Token (excl. 1st token)",
@@ -5030,11 +4513,13 @@ class BenchReport:
         for key, label in BENCH_LABELS.items():
             if self.result[key] not in (None, "inf"):
                 lines.append(_to_table_row(label, self.result[key]))
+
         for name, title in BENCH_METRICS.items():
             lines.append(f"{title:-^50}")
             for statistic in ("mean", "median", "p99"):
                 label = f"{statistic.capitalize()} {name.upper()} (ms)"
                 lines.append(_to_table_row(label, self.result[f"{statistic}_{name}_ms"]))
+
         lines.append("=" * 50)
         if self.warning:
             lines.append(f"Warning: {self.warning}")
@@ -5067,11 +4552,9 @@ class _Sample(NamedTuple):
 def _build_bench_result(samples: Sequence[_Sample], duration_s: float) -> dict[str, Any]:
     """Return the measured part of a result; a request that failed counts in the duration alone."""
     good = [sample for sample in samples if sample.error is None]
-    columns = dict(zip(_Sample._fields, zip(*good, strict=True), strict=False))
-    inputs = sum(columns.get("input_tokens", ()))
-    outputs = sum(columns.get("output_tokens", ()))
-    flatten = itertools.chain.from_iterable
-    return {
+    inputs = sum(sample.input_tokens for sample in good)
+    outputs = sum(sample.output_tokens for sample in good)
+    result: dict[str, Any] = {
         "duration": duration_s,
         "completed": len(good),
         "failed": len(samples) - len(good),
@@ -5080,12 +4563,13 @@ def _build_bench_result(samples: Sequence[_Sample], duration_s: float) -> dict[s
         "request_throughput": len(good) / duration_s,
         "output_throughput": outputs / duration_s,
         "total_token_throughput": (inputs + outputs) / duration_s,
-        **_describe("ttft", columns.get("ttft_s", ())),
-        **_describe("tpot", flatten(columns.get("tpots_s", ()))),
-        **_describe("itl", flatten(columns.get("itls_s", ()))),
-        **_describe("e2el", columns.get("e2el_s", ())),
-        **_describe("lag", columns.get("lag_s", ())),
     }
+    for name in ("ttft", "e2el", "lag"):
+        result |= _describe(name, (getattr(sample, f"{name}_s") for sample in good))
+    for name in ("tpot", "itl"):
+        lists = (getattr(sample, f"{name}s_s") for sample in good)
+        result |= _describe(name, itertools.chain.from_iterable(lists))
+    return result
 
 
 def _describe(name: str, seconds: Iterable[float]) -> dict[str, float]:
@@ -5148,13 +4632,11 @@ class _Bench:
     ) -> tuple[list[_Sample], float]:
         """Return a sample of each request, and the seconds that all took together."""
         self._started_at = time.perf_counter()
-        items = self._wait_for_arrivals(prompts, arrivals)
-        samples = list(
-            _map_in_threads(
-                self.measure, items, places, is_ordered=False, progress=progress, total=len(prompts)
-            )
-        )
-        return samples, time.perf_counter() - self._started_at
+        samples = _map_in_threads(
+            self.measure, self._wait_for_arrivals(prompts, arrivals), places,
+            is_ordered=False, progress=progress, total=len(prompts),
+        )  # fmt: skip
+        return list(samples), time.perf_counter() - self._started_at
 
     def measure(self, item: tuple[Any, float]) -> _Sample:
         """Return the times of one request, for a prompt and the time it is due."""
@@ -5202,64 +4684,62 @@ def _to_sample(
     )  # fmt: skip
 
 
-def _measure_server(
-    config: VLLMConfig, *, num_prompts: int, max_concurrency: int | None, request_rate: float,
-    burstiness: float, random_input_len: int, random_output_len: int, ignore_eos: bool,
-    endpoint: str, seed: int, progress: bool,
-) -> BenchReport:  # fmt: skip
+def _measure_server(config: VLLMConfig, *, progress: bool, **settings: Any) -> BenchReport:
     """Return the report of VLLMClient.bench()."""
-    _check_bench(
-        num_prompts, random_input_len, random_output_len, request_rate, burstiness, endpoint
-    )
-    places = min(num_prompts, _read_count("max_concurrency", max_concurrency, num_prompts))
-    path = CHAT_PATH if endpoint == "chat" else COMPLETIONS_PATH
-    params: dict[str, Any] = {"max_completion_tokens": random_output_len}
-    if path == COMPLETIONS_PATH:
-        params = {"max_tokens": random_output_len, "repetition_penalty": 1.0}
-    params["return_token_ids"] = True  # so that an event without text counts, as with vLLM
-    if ignore_eos:
-        params["ignore_eos"] = True
+    _check_bench(settings)
+    path, backend, _ = BENCH_ENDPOINTS[settings["endpoint"]]
+    count = settings["num_prompts"]
+    rate = settings["request_rate"]
+    places = min(count, settings["max_concurrency"] or count)
+    rng = random.Random(settings["seed"])
+    arrivals = _find_arrivals(count, rate, settings["burstiness"], rng)
 
-    rng = random.Random(seed)
-    arrivals = _find_arrivals(num_prompts, request_rate, burstiness, rng)
     with VLLMClient(replace(config, max_concurrency=places, max_retries=0)) as client:
-        bench = _Bench(client, path, params)
-        prompts = bench.make_prompts(num_prompts, random_input_len, rng)
+        bench = _Bench(client, path, _build_bench_params(settings))
+        prompts = bench.make_prompts(count, settings["random_input_len"], rng)
         first = bench.measure((prompts[0], 0.0))  # not counted: it finds the model's name
         if first.error is not None:
             raise first.error
         model = config.default_model or client.models()[0].id
         samples, duration_s = bench.run(prompts, arrivals, places, progress=progress)
 
-    backend = "openai-chat" if path == CHAT_PATH else "openai"
-    settings = {
+    result = {
         "date": time.strftime("%Y%m%d-%H%M%S"),
         "endpoint_type": backend,
         "backend": backend,
         "label": None,
         "model_id": model,
         "tokenizer_id": model,
-        "num_prompts": num_prompts,
-        "request_rate": "inf" if request_rate == math.inf else float(request_rate),
-        "burstiness": float(burstiness),
-        "max_concurrency": max_concurrency,
+        "num_prompts": count,
+        "request_rate": "inf" if rate == math.inf else float(rate),
+        "burstiness": float(settings["burstiness"]),
+        "max_concurrency": settings["max_concurrency"],
+        **_build_bench_result(samples, duration_s),
     }
-    result = settings | _build_bench_result(samples, duration_s)
     errors = (str(sample.error) for sample in samples if sample.error is not None)
     return BenchReport(result, _find_lag(result), next(errors, None))
 
 
-def _check_bench(
-    num_prompts: int, input_len: int, output_len: int, rate: float, burstiness: float, endpoint: str
-) -> None:
-    _read_count("num_prompts", num_prompts, 1)
-    _read_count("random_input_len", input_len, 1)
-    _read_count("random_output_len", output_len, 1)
-    for name, number in (("request_rate", rate), ("burstiness", burstiness)):
-        if not number > 0:
-            raise ConfigurationError(f"{name} must be a positive number, got {number!r}")
-    if endpoint not in ("completions", "chat"):
+def _check_bench(settings: Mapping[str, Any]) -> None:
+    for name in ("num_prompts", "max_concurrency", "random_input_len", "random_output_len"):
+        _read_count(name, settings[name])
+    for name in ("request_rate", "burstiness"):
+        if not settings[name] > 0:
+            raise ConfigurationError(f"{name} must be a positive number, got {settings[name]!r}")
+    endpoint = settings["endpoint"]
+    if endpoint not in BENCH_ENDPOINTS:
         raise ConfigurationError(f"endpoint must be 'completions' or 'chat', got {endpoint!r}")
+
+
+def _build_bench_params(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return vLLM's parameters, and one more: with token ids, events without text count too."""
+    max_tokens = BENCH_ENDPOINTS[settings["endpoint"]][2]
+    params = {max_tokens: settings["random_output_len"], "return_token_ids": True}
+    if settings["endpoint"] == "completions":
+        params["repetition_penalty"] = 1.0
+    if settings["ignore_eos"]:
+        params["ignore_eos"] = True
+    return params
 
 
 def _find_lag(result: Mapping[str, Any]) -> str:
@@ -5306,7 +4786,7 @@ _HEAD: Final = """<!DOCTYPE html>
 """
 
 
-def to_html(completion_or_score: "Completion | Score", title: str = "") -> str:
+def to_html(completion_or_score: Completion | Score, title: str = "") -> str:
     """Return a heat map of log probabilities: one static page without scripts.
 
     Each token is tinted by its probability, from red (0) to green (1), and its tooltip lists the
@@ -5315,11 +4795,10 @@ def to_html(completion_or_score: "Completion | Score", title: str = "") -> str:
     """
     heading = _to_visible(title or "Log probabilities", {})
     fragment = _to_fragment(completion_or_score, title)
-
     return f"{_HEAD}<title>{heading}</title></head><body>\n{fragment}</body></html>\n"
 
 
-def _to_fragment(value: "Completion | Score", title: str = "") -> str:
+def _to_fragment(value: Completion | Score, title: str = "") -> str:
     if isinstance(value, Completion):
         sections = [_to_section(choice.text, choice.logprobs) for choice in value.choices]
     else:
@@ -5327,10 +4806,8 @@ def _to_fragment(value: "Completion | Score", title: str = "") -> str:
 
     if len(sections) > 1:
         sections = [f"<h2>Choice {n}</h2>\n{section}" for n, section in enumerate(sections, 1)]
-
     if title:
         sections.insert(0, f"<h1>{_to_visible(title, {})}</h1>\n")
-
     return f'<article class="vllm-heatmap"><style>{_STYLE}</style>\n{"".join(sections)}</article>\n'
 
 
@@ -5341,10 +4818,8 @@ def _to_section(text: str, tokens: Sequence[TokenLogprob]) -> str:
     if not known:
         return f"<p>No log probabilities; request logprobs=5.</p>\n<pre>{_to_visible(text)}</pre>\n"
 
-    logprobs = [logprob for logprob, _ in known]
-    perplexity = _to_perplexity(sum(logprobs) / len(known))
-    mean = sum(map(math.exp, logprobs)) / len(known)
-
+    perplexity = _to_perplexity(sum(logprob for logprob, _ in known) / len(known))
+    mean = sum(math.exp(logprob) for logprob, _ in known) / len(known)
     rows = [_to_row(tokens, at) for _, at in sorted(known)[:LEAST_LIKELY_SHOWN]]
     return (
         f"<p>Perplexity <b>{perplexity:.4g}</b> · mean probability <b>{_to_figure(mean)}</b> · "
@@ -5355,37 +4830,26 @@ def _to_section(text: str, tokens: Sequence[TokenLogprob]) -> str:
     )
 
 
-def _to_perplexity(mean_logprob: float) -> float:
-    try:
-        return math.exp(-mean_logprob)
-    except OverflowError:  # above e^709
-        return math.inf
-
-
 def _to_row(tokens: Sequence[TokenLogprob], at: int) -> str:
     """Return one of the least likely tokens as a list item, with the end of the text before it."""
     token = tokens[at]
     before = "".join(map(_token_text, tokens[max(0, at - CONTEXT_CHARACTERS) : at]))
     context = _to_visible(before[-CONTEXT_CHARACTERS:])
     row = f"<li>{_to_figure(token.probability)} {context}{_to_span(token)} token {at + 1:,}"
-
     if token.top and token.top[0].token != token.token:
         row += f", most likely {html.escape(_to_alternative(token.top[0]))}"
-
     return f"{row}</li>\n"
 
 
 def _to_span(token: TokenLogprob) -> str:
-    lines = [_to_alternative(token)]
+    lines = [_to_alternative(one) for one in (token, *token.top)]
     style = ""
     if token.logprob is not None:
         lines[0] += f" (log probability {token.logprob:.4f})"
         style = f' style="--hue:{120 * math.exp(min(token.logprob, 0.0)):.0f}"'
 
-    lines += map(_to_alternative, token.top)
     tooltip = html.escape("\n".join(lines))
     shown = _to_visible(_token_text(token) or "∅")  # vLLM gives "" for a part of a character
-
     return f'<span{style} title="{tooltip}">{shown}</span>'
 
 
@@ -5408,9 +4872,7 @@ def _to_figure(probability: float | None) -> str:
     """
     if probability is None:
         return "unknown"
-    if probability >= 0.001:
-        return f"{probability:.3f}"
-    return f"{probability:.1g}"
+    return f"{probability:.3f}" if probability >= 0.001 else f"{probability:.1g}"
 
 
 def _to_visible(text: str, glyphs: Mapping[str, str] = _GLYPHS) -> str:
@@ -5424,7 +4886,6 @@ def _to_visible(text: str, glyphs: Mapping[str, str] = _GLYPHS) -> str:
             pieces.append(html.escape(character))
         else:  # lone surrogates too
             pieces.append(character.encode("unicode_escape").decode())
-
     return "".join(pieces)
 
 
@@ -5449,6 +4910,13 @@ _OPTIONS: Final[contextvars.ContextVar[_Options]] = contextvars.ContextVar(
 )
 
 
+def _kernel(name: str) -> Any:
+    """Return a module of Amplifier's kernel, which a program without Amplifier does not have."""
+    import importlib
+
+    return importlib.import_module(f"amplifier_core.{name}")
+
+
 async def mount(coordinator: Any, config: Mapping[str, Any] | None = None) -> Callable[[], Any]:
     """Mount a VLLMProvider as "vllm" and return its cleanup; raise ConfigurationError.
 
@@ -5458,8 +4926,11 @@ async def mount(coordinator: Any, config: Mapping[str, Any] | None = None) -> Ca
     provider = VLLMProvider(config=VLLMConfig.from_mapping(config or {}), coordinator=coordinator)
     _widen_executor(provider.config.max_concurrency)
     await coordinator.mount("providers", provider, name="vllm")
+
+    # The session's log writes the kernel's own events anyway, and these a second time.
+    events = [name for name in PROVIDER_EVENTS if name not in _kernel("events").ALL_EVENTS]
     if hasattr(coordinator, "register_contributor"):
-        coordinator.register_contributor("observability.events", "vllm", _list_own_events)
+        coordinator.register_contributor("observability.events", "vllm", lambda: events)
     return provider.close
 
 
@@ -5470,13 +4941,6 @@ async def on_session_ready(coordinator: Any) -> None:
     mounted = (coordinator.get("providers") or {}).values()
     catalogues = [one.catalogue for one in mounted if isinstance(one, VLLMProvider)]
     await asyncio.gather(*map(_Catalogue.discover, catalogues))
-
-
-def _list_own_events() -> list[str]:
-    """Return the events that the kernel does not list: the session's log writes those anyway."""
-    from amplifier_core.events import ALL_EVENTS
-
-    return [name for name in PROVIDER_EVENTS if name not in ALL_EVENTS]
 
 
 def _widen_executor(calls: int) -> None:
@@ -5530,39 +4994,46 @@ class VLLMProvider:
         coordinator: Any = None,
     ) -> None:
         if not isinstance(config, VLLMConfig):
-            config = _to_config(config, base_url=base_url, api_key=api_key)
+            arguments = {"base_url": base_url, "api_key": api_key}
+            given = {name: value for name, value in arguments.items() if _is_given(value)}
+            settings = {**(config or {}), **given}
+            if not _is_given(settings.get("base_url")):
+                raise ConfigurationError(
+                    "No base_url found: set base_url in the provider's config, or VLLM_BASE_URL"
+                )
+            config = VLLMConfig.from_mapping(settings)
+
         self.config = config
         self.coordinator = coordinator
         self.priority = config.priority
         self.default_model = config.default_model
         self.client = VLLMClient(config, max_retries=0)  # retries are announced, so they are ours
         self.catalogue = _Catalogue(self.client, config)
-        self._announced_repairs: set[str] = set()
+        self.announced_repairs: set[str] = set()
+        self.semaphores: weakref.WeakKeyDictionary[Any, Any] = (
+            weakref.WeakKeyDictionary()
+        )  # by loop
         self._running: set[Any] = set()
-        self._semaphores: dict[Any, Any] = {}
 
     def get_info(self) -> Any:
         """Return the kernel's ProviderInfo; its fields are what the application's wizard asks."""
-        from amplifier_core import ConfigField, ProviderInfo
+        kernel = _kernel("models")
 
         def ask(key: str, title: str, kind: str = "text", **options: Any) -> Any:
             prompt = f"{title} of vLLM"
-            return ConfigField(
+            return kernel.ConfigField(
                 id=key, display_name=title, prompt=prompt, field_type=kind, **options
             )
 
         url = "http://localhost:8000"
         mode = str(self.config.use_completions).lower()
-        return ProviderInfo(
+        defaults = {"model": self.default_model, "timeout": self.config.timeout}
+        return kernel.ProviderInfo(
             id="vllm",
             display_name="vLLM",
             credential_env_vars=["VLLM_API_KEY"],
             capabilities=["streaming", "tools", "reasoning", "json_mode", "logprobs"],
-            defaults={
-                "model": self.default_model,
-                "timeout": self.config.timeout,
-                **self.catalogue.find_limits(),
-            },
+            defaults={**defaults, **self.catalogue.find_limits()},
             config_fields=[
                 ask("base_url", "Server URL", env_var="VLLM_BASE_URL", default=url),
                 ask("api_key", "API key", "secret", env_var="VLLM_API_KEY", required=False),
@@ -5575,24 +5046,19 @@ class VLLMProvider:
         """Return the kernel's ModelInfo; None, with one warning, while a limit is unknown."""
         limits = self.catalogue.find_limits()
         if limits:
-            return _to_model_info(self.catalogue.find_model(), limits)
+            return _to_model_info(self.catalogue.find_card().id, limits)
         text = "the context window is unknown, so history is not compacted: set context_window"
-        self.catalogue.log("unknown", logging.WARNING, text)
+        self.catalogue.log(logging.WARNING, text)
         return None
 
     async def list_models(self) -> list[Any]:
         """Return the server's models as ModelInfo; raise the kernel's error if it cannot tell."""
+        catalogue = self.catalogue
         try:
-            await self.catalogue.update(self.config.timeout)
+            await catalogue.update(self.config.timeout)
         except VLLMError as error:
             raise _to_kernel_error(error, None) from error
-
-        unknown = {"context_window": 0, "max_output_tokens": 0}
-        models = []
-        for card in self.catalogue.cards:
-            limits = {**unknown, **self.catalogue.find_limits(card.id)}
-            models.append(_to_model_info(card.id, limits))
-        return models
+        return [_to_model_info(card.id, catalogue.find_limits(card.id)) for card in catalogue.cards]
 
     def parse_tool_calls(self, response: Any) -> list[Any]:
         """Return the tool calls of a response."""
@@ -5611,14 +5077,14 @@ class VLLMProvider:
         """
         import asyncio
 
-        turn = _Turn(self.config, request, options)
-        work = asyncio.ensure_future(self._complete(turn))
+        turn = _Turn(self, request, options)
+        work = asyncio.ensure_future(turn.work())
         self._running.add(work)  # it outlives this call where a hook does not end
         work.add_done_callback(self._running.discard)
 
         is_cancelled = False
         while not work.done() and time.monotonic() < turn.gives_up_at:
-            self._check_session(turn)
+            turn.check_session()
             if is_cancelled:
                 turn.stop(asyncio.CancelledError("cancelled"))
             try:
@@ -5626,162 +5092,9 @@ class VLLMProvider:
             except asyncio.CancelledError:
                 is_cancelled = True
 
-        return turn.result(is_cancelled=is_cancelled)
-
-    def _check_session(self, turn: "_Turn") -> None:
-        """Stop the turn if its session was cancelled, which does not cancel the task."""
-        token = getattr(self.coordinator, "cancellation", None)
-        if getattr(token, "is_immediate", False) is True:
-            turn.stop(AbortError("the session was cancelled"))
-
-    async def _complete(self, turn: "_Turn") -> None:
-        """Give the turn a response or an error, and emit llm:response; nothing cancels this."""
-        try:
-            with turn.calls:
-                await self._begin(turn)
-                await self._answer(turn)
-        except BaseException as error:  # noqa: BLE001  # result() raises it
-            turn.error = turn.find_reason(error)
-        await self._report(turn)
-
-    async def _begin(self, turn: "_Turn") -> None:
-        """Build the body, find the model and its limits, and announce the call."""
-        catalogue = self.catalogue
-        try:
-            turn.prepare()
-            if not (catalogue.find_model(turn.model) and catalogue.find_limits(turn.model)):
-                await turn.run(catalogue.discover(turn.time_left_s()))
-        finally:
-            turn.model = catalogue.find_model(turn.model) or None
-            await self._announce(turn)
-
-    async def _announce(self, turn: "_Turn") -> None:
-        """Emit what precedes a call. The body is the one before a chat template renders it."""
-        new = []
-        for repair in turn.repairs:
-            if repair["tool_call_id"] not in self._announced_repairs:
-                self._announced_repairs.add(repair["tool_call_id"])
-                new.append(repair)
-        if new:
-            event = {"provider": "vllm", "repair_count": len(new), "repairs": new}
-            await self._emit("provider:tool_sequence_repaired", event)
-
-        event = {**turn.names(), "message_count": len(turn.messages)}
-        if turn.body:
-            event |= await self._emit_debug("request", turn, _to_stream(turn.body))
-        await self._emit("llm:request", event)
-
-    async def _answer(self, turn: "_Turn") -> None:
-        """Make attempts until one brings a whole answer; announce each retry."""
-        stream = self._open(turn)
-        while turn.response is None:
-            blocks = _Blocks(self._emit, turn.request_id, is_shown=turn.wants_events)
-            try:
-                await self._attempt(turn, stream, blocks)
-            except BaseException as error:
-                await blocks.abort(turn.find_reason(error))
-                if turn.stop_error is not None or not isinstance(error, VLLMError):
-                    raise
-                stream = await self._retry(turn, stream, error)
-
-    def _open(self, turn: "_Turn", *, attempt: int = 0) -> Stream:
-        """Return a stream of the turn's body; nothing is sent before it is read."""
-        return self.client._open(
-            CHAT_PATH,
-            turn.body,
-            limits=turn.limits,
-            wants_stream=None,
-            prompt_format=turn.prompt_format,
-            request_id=turn.request_id,
-            attempt=attempt,
-            deadline_at=turn.deadline_at,
-        )
-
-    async def _attempt(self, turn: "_Turn", stream: Stream, blocks: "_Blocks") -> None:
-        """Read a stream in a thread while its blocks are shown, and set the turn's response."""
-        import asyncio
-
-        semaphore = self._find_semaphore()
-        await turn.run(semaphore.acquire())
-        showing = asyncio.ensure_future(blocks.show())
-        try:
-            self._check_session(turn)
-            await turn.run(asyncio.to_thread(blocks.read, stream))
-            blocks.add_rest(stream.completion)
-            turn.accept(stream, blocks)
-            self.catalogue.note_model(stream.completion.model)
-        finally:
-            semaphore.release()
-            blocks.finish()
-            if turn.response is None:
-                await turn.run(showing)  # what arrived is shown, unless the turn was stopped
-        await showing
-
-    def _find_semaphore(self) -> Any:
-        """Return the running loop's semaphore; a provider may serve several loops in turn."""
-        import asyncio
-
-        loop = asyncio.get_running_loop()
-        if loop not in self._semaphores:
-            self._semaphores = {loop: asyncio.Semaphore(self.config.max_concurrency)}
-        return self._semaphores[loop]
-
-    async def _retry(self, turn: "_Turn", stream: Stream, error: VLLMError) -> Stream:
-        """Announce the next attempt, wait, and return its stream; raise the error if none helps."""
-        import asyncio
-
-        maximum = self.config.max_retries
-        if maximum is None:
-            maximum = AMPLIFIER_RETRIES
-        is_possible = error.retryable or turn.is_correctable(error)
-        if turn.retries >= maximum or not is_possible:
-            raise error
-
-        delay = 0.0
-        if error.retryable:
-            delay = _retry_pause_s(self.config, error, turn.retries + 1, turn.time_left_s())
-        turn.retries += 1
-        event = {"provider": "vllm", "request_id": turn.request_id, "attempt": turn.retries}
-        event |= {"max_retries": maximum, "delay": delay}
-        event |= {"error_type": type(error).__name__, "error_message": str(error)}
-        await self._emit("provider:retry", event)
-        await turn.run(asyncio.sleep(delay))
-
-        if error.retryable:
-            return self.client._reopen(stream)
-        turn.correct(error)
-        await self._emit_debug("request", turn, _to_stream(turn.body))
-        return self._open(turn, attempt=stream.attempts)
-
-    async def _report(self, turn: "_Turn") -> None:
-        """Emit what follows a call: the debug events of its replies, and llm:response."""
-        event = turn.describe()
-        failed = []
-        for reply, error in turn.replies:
-            raw = await self._emit_debug("response", turn, reply)
-            if error is None:
-                event |= raw
-            else:
-                usage = _to_usage_payload([(reply, error)])
-                failed.append({**_to_reason(error), "usage": usage, **raw})
-        if failed:
-            event["failed_replies"] = failed
-        await self._emit("llm:response", event)
-
-    async def _emit_debug(self, kind: str, turn: "_Turn", value: Any) -> dict[str, Any]:
-        """Emit the debug events that are switched on; return what `raw` adds to the plain one."""
-        config = self.config
-        if not any((config.debug, config.raw_debug, config.raw)):
-            return {}
-
-        raw = _to_json(value, token_key="token_text")  # a hook of Amplifier's blanks "token"
-        names = {"provider": "vllm", "request_id": turn.request_id}
-        if config.debug:
-            cut = _to_json(raw, config.debug_truncate_length)
-            await self._emit(f"llm:{kind}:debug", {**names, kind: cut})
-        if config.raw_debug:
-            await self._emit(f"llm:{kind}:raw", {**names, kind: raw})
-        return {"raw": raw} if config.raw else {}
+        if is_cancelled and turn.response is None:
+            raise asyncio.CancelledError
+        return turn.result()
 
     async def _emit(self, name: str, payload: dict[str, Any]) -> None:
         """Emit an event; a hook that fails is logged, since it must not fail the call."""
@@ -5802,7 +5115,7 @@ class _Catalogue:
         self._config = config
         self.cards: Sequence[ModelCard] = ()
         self._asked_at = -math.inf
-        self._told: set[str] = set()
+        self._logged: set[str] = set()
 
     async def discover(self, deadline_s: float = DISCOVERY_S) -> None:
         """Ask for the models, unless they are known or that failed within the last minute."""
@@ -5811,7 +5124,7 @@ class _Catalogue:
         try:
             await self.update(min(deadline_s, DISCOVERY_S))
         except VLLMError as error:
-            self.log("failure", logging.WARNING, "the limits of the models are unknown: %s", error)
+            self.log(logging.WARNING, "the limits of the models are unknown: %s", error)
 
     async def update(self, deadline_s: float) -> None:
         """Ask for the models; when this task is cancelled the request is stopped."""
@@ -5828,29 +5141,18 @@ class _Catalogue:
         maximum = self.find_limits().get("context_window")
         if window not in (None, maximum):
             text = "context_window=%d is more than the server's: %d counts"
-            self.log("window", logging.INFO, text, window, maximum)
+            self.log(logging.INFO, text, window, maximum)
 
-    def log(self, topic: str, level: int, text: str, *values: object) -> None:
+    def log(self, level: int, text: str, *values: object) -> None:
         """Log a text, the second time on at DEBUG."""
-        if topic in self._told:
+        if text in self._logged:
             level = logging.DEBUG
-        self._told.add(topic)
+        self._logged.add(text)
         logger.log(level, text, *values)
-
-    def note_model(self, model: str) -> None:
-        """Forget the models if one that is not among them answers: the server has another now."""
-        is_discovered = self._config.default_model is None and bool(self.cards)
-        if is_discovered and self._find_card(model).id != model:
-            self.cards = ()
-            self._asked_at = -math.inf
-
-    def find_model(self, model: str | None = None) -> str:
-        """Return the model, or the one that answers who names none; "" while that is unknown."""
-        return model or self._config.default_model or self._find_card().id
 
     def find_limits(self, model: str | None = None) -> dict[str, int]:
         """Return the context window and the longest output to plan with; {} while unknown."""
-        card = self._find_card(model)
+        card = self.find_card(model)
         windows = filter(None, (card.max_model_len, self._config.context_window))
         window = min(windows, default=None)
         if window is None:
@@ -5862,13 +5164,16 @@ class _Catalogue:
         output = min(filter(None, (output, card.max_output_tokens, window)))
         return {"context_window": window, "max_output_tokens": output}
 
-    def _find_card(self, model: str | None = None) -> ModelCard:
-        """Return a model's card, an empty one if the server has none."""
+    def find_card(self, model: str | None = None) -> ModelCard:
+        """Return the card of a model, or of the one that answers who names none.
+
+        Its limits are unknown where the server lists no such model; then so is a name not given.
+        """
         name = model or self._config.default_model
         for card in self.cards:
             if name in (None, card.id):
                 return card
-        return ModelCard("")
+        return ModelCard(name or "")
 
 
 _Judged = tuple[Completion, VLLMError | None]  # a whole reply, and why it is no answer
@@ -5877,146 +5182,265 @@ _Judged = tuple[Completion, VLLMError | None]  # a whole reply, and why it is no
 class _Turn:
     """One complete(), over all its attempts.
 
-    `prepare()` sets what is sent. `response` is set as soon as the answer is whole, `error` when
-    there is none; `replies` are the whole replies.
+    `response` is set as soon as the answer is whole. After `gives_up_at`
+    nobody waits for hooks any longer.
     """
 
-    def __init__(self, config: VLLMConfig, request: Any, options: Mapping[str, Any]) -> None:
+    def __init__(self, provider: VLLMProvider, request: Any, options: Mapping[str, Any]) -> None:
         import asyncio
 
-        self._config = config
-        self.params = _to_params(request, options)
-        self.messages, self.repairs = _to_template_messages(_to_wire_messages(request.messages))
-        self.request_id = str(self.params.get("request_id") or _new_id())
-        self.model: str | None = self.params.get("model") or config.default_model
+        config = provider.config
+        self._provider = provider
+        self._emit = provider._emit
+        self._params = _to_params(request, options)
+        self._messages, self._repairs = _to_template_messages(_to_wire_messages(request.messages))
+        self._request_id = str(self._params.get("request_id") or _new_id())
         metadata = options.get("metadata") or request.metadata or {}
-        self.wants_events = config.use_streaming and metadata.get("stream") is not False
+        self._is_shown = config.use_streaming and metadata.get("stream") is not False
+        self.model: str | None = self._params.get("model")
 
-        self.body: dict[str, Any] = {}
-        self.limits = _read_limits(config, {})
-        self.prompt_format: str | None = None
-        self.started_at = time.monotonic()
-        self.deadline_at = math.inf
-
-        self.calls = _CallGroup()
-        self.retries = 0
-        self._is_corrected = False
-        self.replies: list[_Judged] = []
-        self.finish_reason: str | None = None
-        self.response: Any = None
-        self.error: BaseException = AbortError("the call did not end")
-        self.stop_error: BaseException | None = None
-        self.gives_up_at = math.inf
+        self._body: dict[str, Any] = {}
+        self._open: Callable[..., Stream] = provider.client._open
+        self._started_at = time.monotonic()
+        self._deadline_at = math.inf
+        self._calls = _CallGroup()
         self._stopped = asyncio.get_running_loop().create_future()
 
-    def prepare(self) -> None:
-        """Set the body and the limits; raise ConfigurationError."""
-        config = self._config
-        use_completions = self.params.pop("use_completions", None)
-        if use_completions is not None:
-            config = replace(config, use_completions=use_completions)
-        if config.use_completions:
-            self.prompt_format = config.prompt_format
+        self._retries = 0
+        self._replies: list[_Judged] = []
+        self._finish_reason: str | None = None
+        self.response: Any = None
+        self._error: BaseException = AbortError("the call did not end")
+        self._stop_error: BaseException | None = None
+        self.gives_up_at = math.inf
 
-        self.limits = _read_limits(config, self.params)
-        self.deadline_at = self.started_at + self.limits.deadline
-        self.body = build_chat_request(config, self.messages, **self.params)
-
-    def time_left_s(self) -> float:
-        """Return the seconds until the call's deadline."""
-        return self.deadline_at - time.monotonic()
-
-    def names(self) -> dict[str, Any]:
-        """Return what identifies the turn in events."""
-        model = self.model or "unknown"
-        return {"provider": "vllm", "model": model, "request_id": self.request_id}
+    def check_session(self) -> None:
+        """Stop the turn if its session was cancelled, which does not cancel the task."""
+        token = getattr(self._provider.coordinator, "cancellation", None)
+        if getattr(token, "is_immediate", False) is True:
+            self.stop(AbortError("the session was cancelled"))
 
     def stop(self, error: BaseException) -> None:
-        """Stop the calls in flight, and make run() raise the error; the first stop counts."""
-        if self.stop_error is None:
-            self.stop_error = error
+        """Stop the calls in flight, and make _run() raise the error; the first stop counts."""
+        if self._stop_error is None:
+            self._stop_error = error
             self.gives_up_at = time.monotonic() + HOOK_GRACE_S
             self._stopped.set_result(None)
-            self.calls.stop()
+            self._calls.stop()
 
-    def find_reason(self, error: BaseException) -> BaseException:
-        """Return why the turn ends: it was stopped, or else the error."""
-        return self.stop_error or error
-
-    async def run(self, work: Awaitable[Any]) -> Any:
-        """Return the result of `work`; once the turn is stopped, cancel it and raise the reason."""
-        import asyncio
-
-        task = asyncio.ensure_future(work)
-        if self.stop_error is None:
-            await asyncio.wait({task, self._stopped}, return_when=asyncio.FIRST_COMPLETED)
-        if self.stop_error is None or task.done():
-            return task.result()
-        task.cancel()
-        await asyncio.wait({task})
-        raise self.stop_error
-
-    def accept(self, stream: Stream, blocks: "_Blocks") -> None:
-        """Set the response; raise an error for a reply whose calls nobody could execute."""
-        reply = stream.completion
-        self.finish_reason = reply.finish_reason
-        for collected in _OPTIONS.get()[1]:
-            collected.append(reply)
+    async def work(self) -> None:
+        """Set the response or the error, and emit llm:response; nothing cancels this."""
         try:
-            calls = _to_kernel_calls(reply, self.body.get("tools", ()))
-        except VLLMError as error:
-            self.replies.append((reply, error))
-            raise
-        self.replies.append((reply, None))
-        self.response = _to_response(reply, blocks.blocks, calls, stream.degradation)
-        self.finish_reason = self.response.finish_reason
+            with self._calls:
+                await self._begin()
+                await self._answer()
+        except BaseException as error:  # noqa: BLE001  # complete() raises it
+            self._error = self._stop_error or error
+        await self._report()
 
-    def is_correctable(self, error: VLLMError) -> bool:
-        """Return whether to tell the model of its malformed call: once, unless it was cut."""
-        if self._is_corrected or not isinstance(error, InvalidToolCallError):
-            return False
-        if self.finish_reason == "length":
-            return False
-        # vLLM up to 0.30 does not say "length" of a call that was cut.
-        reply, _ = self.replies[-1]
-        maximum = self.body.get("max_tokens", math.inf)
-        maximum = self.body.get("max_completion_tokens", maximum)
-        return _find_usage(reply).output_tokens < float(maximum)
-
-    def correct(self, error: VLLMError) -> None:
-        """Add the malformed call and its error to the body, for this turn alone."""
-        self._is_corrected = True
-        reply, _ = self.replies[-1]
-        messages = [*self.body["messages"], *_to_correction(reply, error)]
-        self.body = {**self.body, "messages": messages}
-
-    def describe(self) -> dict[str, Any]:
-        """Return the payload of llm:response."""
-        event = {**self.names(), "retries": self.retries, "finish_reason": self.finish_reason}
-        event["usage"] = _to_usage_payload(self.replies)
-        event["duration_ms"] = int((time.monotonic() - self.started_at) * 1000)
-        if self.response is not None:
-            return {**event, "status": "ok"}
-        reason = _to_reason(self.error)
-        return {**event, "status": "error", "error": reason["msg"], "error_type": reason["type"]}
-
-    def result(self, *, is_cancelled: bool) -> Any:
+    def result(self) -> Any:
         """Return the response; raise what there is in its place, as the kernel's error."""
-        import asyncio
-
         if self.response is not None:
             return self.response
-        if is_cancelled:
-            raise asyncio.CancelledError
-        error = self.find_reason(self.error)
+        error = self._stop_error or self._error
         if isinstance(error, VLLMError):
             raise _to_kernel_error(error, self.model) from error
         raise error
 
+    async def _run(self, work: Awaitable[Any]) -> Any:
+        """Return the result of `work`; once the turn is stopped, cancel it and raise the reason."""
+        import asyncio
+
+        task = asyncio.ensure_future(work)
+        if self._stop_error is None:
+            await asyncio.wait({task, self._stopped}, return_when=asyncio.FIRST_COMPLETED)
+        if self._stop_error is None or task.done():
+            return task.result()
+        task.cancel()
+        await asyncio.wait({task})
+        raise self._stop_error
+
+    async def _begin(self) -> None:
+        """Build the body, find the model and its limits, and announce the call."""
+        catalogue = self._provider.catalogue
+        try:
+            self._prepare()
+            if not (catalogue.find_card(self.model).id and catalogue.find_limits(self.model)):
+                await self._run(catalogue.discover(self._time_left_s()))
+        finally:
+            self.model = catalogue.find_card(self.model).id or None
+            await self._announce_repairs()
+            event = {**self._names(), "message_count": len(self._messages)}
+            if self._body:  # as it is before a chat template renders it
+                event |= await self._emit_debug("request", _to_stream(self._body))
+            await self._emit("llm:request", event)
+
+    async def _announce_repairs(self) -> None:
+        new = []
+        for repair in self._repairs:
+            if repair["tool_call_id"] not in self._provider.announced_repairs:
+                self._provider.announced_repairs.add(repair["tool_call_id"])
+                new.append(repair)
+        if new:
+            event = {"provider": "vllm", "repair_count": len(new), "repairs": new}
+            await self._emit("provider:tool_sequence_repaired", event)
+
+    def _prepare(self) -> None:
+        """Set the body, and how it is sent; raise ConfigurationError."""
+        config = self._provider.config
+        use_completions = self._params.pop("use_completions", None)
+        if use_completions is not None:
+            config = replace(config, use_completions=use_completions)
+
+        limits = _read_limits(config, self._params)
+        self._deadline_at = self._started_at + limits.deadline
+        self._body = build_chat_request(config, self._messages, **self._params)
+        self._open = functools.partial(
+            self._provider.client._open,
+            CHAT_PATH,
+            limits=limits,
+            wants_stream=None,
+            prompt_format=config.prompt_format if config.use_completions else None,
+            request_id=self._request_id,
+            deadline_at=self._deadline_at,
+        )
+
+    async def _answer(self) -> None:
+        """Make attempts until one brings a whole answer; announce each retry."""
+        stream = self._open(self._body)
+        while self.response is None:
+            blocks = _Blocks(self._emit, self._request_id, is_shown=self._is_shown)
+            try:
+                await self._attempt(stream, blocks)
+            except BaseException as error:
+                await blocks.abort(self._stop_error or error)
+                if self._stop_error is not None or not isinstance(error, VLLMError):
+                    raise
+                stream = await self._retry(stream, error)
+
+    async def _attempt(self, stream: Stream, blocks: "_Blocks") -> None:
+        """Read a stream in a thread while its blocks are shown, and set the response."""
+        import asyncio
+
+        place = asyncio.Semaphore(self._provider.config.max_concurrency)
+        semaphore = self._provider.semaphores.setdefault(asyncio.get_running_loop(), place)
+        await self._run(semaphore.acquire())
+        showing = asyncio.ensure_future(blocks.show())
+        try:
+            self.check_session()
+            await self._run(asyncio.to_thread(blocks.read, stream))
+            blocks.add_rest(stream.completion)
+            self._accept(stream, blocks)
+        finally:
+            semaphore.release()
+            blocks.finish()
+            if self.response is None:
+                await self._run(showing)  # what arrived is shown, unless the turn was stopped
+        await showing
+
+    def _accept(self, stream: Stream, blocks: "_Blocks") -> None:
+        """Set the response; raise an error for a reply whose calls nobody could execute."""
+        reply = stream.completion
+        self._finish_reason = reply.finish_reason
+        for collected in _OPTIONS.get()[1]:
+            collected.append(reply)
+
+        try:
+            calls = _to_kernel_calls(reply, self._body.get("tools", ()))
+        except VLLMError as error:
+            self._replies.append((reply, error))
+            raise
+        self._replies.append((reply, None))
+        self.response = _to_response(reply, blocks.blocks, calls, stream.degradation)
+        self._finish_reason = self.response.finish_reason
+
+    async def _retry(self, stream: Stream, error: VLLMError) -> Stream:
+        """Announce the next attempt, wait, and return its stream; raise the error if none helps."""
+        import asyncio
+
+        config = self._provider.config
+        maximum = config.max_retries
+        if maximum is None:
+            maximum = AMPLIFIER_RETRIES
+        if self._retries >= maximum or not (error.retryable or self._is_correctable(error)):
+            raise error
+
+        delay = 0.0
+        if error.retryable:
+            delay = _retry_pause_s(config, error, self._retries + 1, self._time_left_s())
+        self._retries += 1
+        event = {"provider": "vllm", "request_id": self._request_id, "attempt": self._retries}
+        event |= {"max_retries": maximum, "delay": delay}
+        event |= {"error_type": type(error).__name__, "error_message": str(error)}
+        await self._emit("provider:retry", event)
+        await self._run(asyncio.sleep(delay))
+
+        if error.retryable:
+            return self._provider.client._reopen(stream)
+        correction = _to_correction(self._replies[-1][0], error)
+        self._body = {**self._body, "messages": [*self._body["messages"], *correction]}
+        await self._emit_debug("request", _to_stream(self._body))
+        return self._open(self._body, attempt=stream.attempts)
+
+    def _is_correctable(self, error: VLLMError) -> bool:
+        """Return whether to tell the model of its malformed call: once, unless it was cut."""
+        if not isinstance(error, InvalidToolCallError) or self._finish_reason == "length":
+            return False
+        # vLLM up to 0.30 does not say "length" of a call that was cut.
+        maximum = self._body.get("max_tokens", math.inf)
+        maximum = self._body.get("max_completion_tokens", maximum)
+        first, *more = self._replies
+        return not more and _to_usage(first[0])["output_tokens"] < float(maximum)
+
+    async def _report(self) -> None:
+        """Emit what follows a call: the debug events of its replies, and llm:response."""
+        event = {**self._names(), "retries": self._retries, "finish_reason": self._finish_reason}
+        event["status"] = "ok"
+        event["duration_ms"] = int((time.monotonic() - self._started_at) * 1000)
+        event["usage"] = _to_usage_payload(self._replies)
+        if self.response is None:
+            reason = _to_reason(self._error)
+            event |= {"status": "error", "error": reason["msg"], "error_type": reason["type"]}
+
+        failed = []
+        for reply, error in self._replies:
+            raw = await self._emit_debug("response", reply)
+            if error is None:
+                event |= raw
+            else:
+                failed.append(
+                    {**_to_reason(error), "usage": _to_usage_payload([(reply, error)]), **raw}
+                )
+        if failed:
+            event["failed_replies"] = failed
+        await self._emit("llm:response", event)
+
+    async def _emit_debug(self, kind: str, value: Any) -> dict[str, Any]:
+        """Emit the debug events that are switched on; return what `raw` adds to the plain one."""
+        config = self._provider.config
+        if not any((config.debug, config.raw_debug, config.raw)):
+            return {}
+
+        raw = _to_json(value, token_key="token_text")  # a hook of Amplifier's blanks "token"
+        names = {"provider": "vllm", "request_id": self._request_id}
+        if config.debug:
+            cut = _to_json(raw, config.debug_truncate_length)
+            await self._emit(f"llm:{kind}:debug", {**names, kind: cut})
+        if config.raw_debug:
+            await self._emit(f"llm:{kind}:raw", {**names, kind: raw})
+        return {"raw": raw} if config.raw else {}
+
+    def _names(self) -> dict[str, Any]:
+        model = self.model or "unknown"
+        return {"provider": "vllm", "model": model, "request_id": self._request_id}
+
+    def _time_left_s(self) -> float:
+        return self._deadline_at - time.monotonic()
+
 
 @dataclass(slots=True)
 class _Block:
-    """A run of text or thinking, or a tool call; its text is measured, not kept."""
+    """A run of text or thinking, or a tool call (of length 1); its text is not kept."""
 
     kind: str
     call_id: str = ""
@@ -6035,6 +5459,7 @@ class _Blocks:
         import asyncio
 
         self.blocks: list[_Block] = []
+        self._added: collections.Counter[str] = collections.Counter()  # characters, calls
         self._emit = emit
         self._request_id = request_id
         self._is_shown = is_shown
@@ -6042,8 +5467,7 @@ class _Blocks:
         self._ready = asyncio.Event()
         self._waiting: collections.deque[tuple[int, str]] = collections.deque()
         self._is_over = False
-        self._open = -1  # the last block that was started
-        self._is_open = False
+        self._open: int | None = None  # the block that was started and has not ended
         self._sequence = 0
         self._has_shown_text = False
 
@@ -6058,13 +5482,10 @@ class _Blocks:
 
     def add_rest(self, reply: Completion) -> None:
         """Add what the deltas did not bring: held back text, calls that look like one."""
-        for kind, text in (("thinking", reply.reasoning), ("text", reply.text)):
-            known = sum(block.length for block in self.blocks if block.kind == kind)
-            self._add_text(kind, text[known:])
-
-        known = sum(block.kind == "tool_use" for block in self.blocks)
-        for call in reply.tool_calls[known:]:
-            self._add_block(_Block("tool_use", call.id, call.name))
+        self._add_text("thinking", reply.reasoning[self._added["thinking"] :])
+        self._add_text("text", reply.text[self._added["text"] :])
+        for call in reply.tool_calls[self._added["tool_use"] :]:
+            self._add_block(_Block("tool_use", call.id, call.name, 1))
 
     def _add_text(self, kind: str, text: str) -> None:
         if not text:
@@ -6072,6 +5493,7 @@ class _Blocks:
         if not self.blocks or self.blocks[-1].kind != kind:
             self._add_block(_Block(kind))
         self.blocks[-1].length += len(text)
+        self._added[kind] += len(text)
         self._pass_on(text)
 
     def _add_call(self, call: ToolCall) -> None:
@@ -6081,10 +5503,11 @@ class _Blocks:
             if is_named_so and block.call_id in ("", call.id):
                 block.call_id = call.id  # which may come late
                 return
-        self._add_block(_Block("tool_use", call.id, call.name))
+        self._add_block(_Block("tool_use", call.id, call.name, 1))
 
     def _add_block(self, block: _Block) -> None:
         self.blocks.append(block)
+        self._added[block.kind] += block.length
         self._pass_on("")
 
     def _pass_on(self, text: str) -> None:
@@ -6115,26 +5538,25 @@ class _Blocks:
         await self._end()
 
     async def _show_text(self, index: int, text: str) -> None:
-        if index > self._open:
+        if index != self._open:
             await self._end()
             self._open = index
-            self._is_open = True
             self._sequence = 0
             name = self.blocks[index].name
-            await self._emit_block("start", **({"name": name} if name else {}))
+            await self._emit_block("start", index, {"name": name} if name else {})
         if text:
             self._has_shown_text = True  # already now: one hook may get it when another fails
-            await self._emit_block("delta", sequence=self._sequence, text=text)
+            await self._emit_block("delta", index, {"sequence": self._sequence, "text": text})
             self._sequence += 1
 
     async def _end(self) -> None:
-        if self._is_open:
-            await self._emit_block("end")
-            self._is_open = False
+        if self._open is not None:
+            await self._emit_block("end", self._open, {})
+            self._open = None
 
-    async def _emit_block(self, event: str, **details: Any) -> None:
-        kind = self.blocks[self._open].kind
-        payload = {"request_id": self._request_id, "block_index": self._open, "block_type": kind}
+    async def _emit_block(self, event: str, index: int, details: dict[str, Any]) -> None:
+        kind = self.blocks[index].kind
+        payload = {"request_id": self._request_id, "block_index": index, "block_type": kind}
         await self._emit(f"llm:stream_block_{event}", {**payload, **details})
 
     async def abort(self, error: BaseException) -> None:
@@ -6152,6 +5574,7 @@ MISSING_RESULT: Final = (
 )
 ACKNOWLEDGEMENT: Final = "Result received."  # what stands between a tool's result and the user
 _NOTE: Final = "note"  # our role for a text that joins the user message beside it
+_ROLES: Final = {"developer": "system", "function": "tool"}  # which chat templates do not know
 _MAX_TOKENS_NAMES: Final = frozenset({"max_tokens", "max_completion_tokens"})
 _VLLM_NAMES: Final = {"max_output_tokens": "max_tokens", "reasoning": "reasoning_effort"}
 _NOT_SENT: Final = frozenset({"metadata", "stream", "conversation_id"})
@@ -6159,28 +5582,21 @@ _REQUEST_FIELDS: Final = (
     "temperature top_p stop tool_choice reasoning_effort timeout model tools response_format"
     " max_output_tokens"
 ).split()
+_CONTAINERS: Final[dict[type, str]] = {dict: "object", list: "array"}
 _CONTENT_FILTER: Final = re.compile(
     r"content[ _-]?(filter|policy|management policy)", re.IGNORECASE
 )
 
 
-def _to_config(config: Mapping[str, Any] | None, **arguments: str | None) -> VLLMConfig:
-    """Return the configuration; the arguments win over the mapping."""
-    given = {name: value for name, value in arguments.items() if _is_given(value)}
-    settings = {**(config or {}), **given}
-    if not _is_given(settings.get("base_url")):
-        raise ConfigurationError(
-            "No base_url found: set base_url in the provider's config, or VLLM_BASE_URL"
-        )
-    return VLLMConfig.from_mapping(settings)
-
-
 def _to_model_info(model: str, limits: Mapping[str, int]) -> Any:
-    """Return the kernel's ModelInfo."""
-    from amplifier_core import ModelInfo
-
-    capabilities = ["tools", "thinking", "streaming", "json_mode"]
-    return ModelInfo(id=model, display_name=model, capabilities=capabilities, **limits)
+    """Return the kernel's ModelInfo; 0 is a limit that is unknown."""
+    return _kernel("models").ModelInfo(
+        id=model,
+        display_name=model,
+        context_window=limits.get("context_window", 0),
+        max_output_tokens=limits.get("max_output_tokens", 0),
+        capabilities=["tools", "thinking", "streaming", "json_mode"],
+    )
 
 
 def _to_params(request: Any, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -6211,7 +5627,6 @@ def _to_params(request: Any, options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _to_wire_tool(tool: Any) -> Any:
-    """Return a ToolSpec or a dict as vLLM's tool."""
     if hasattr(tool, "model_dump"):
         tool = tool.model_dump(exclude_none=True)
     if "function" in tool:
@@ -6238,31 +5653,30 @@ def _to_wire_format(response_format: Any) -> Any:
 
 
 def _to_wire_messages(messages: Sequence[Any]) -> list[dict[str, Any]]:
-    """Return the kernel's messages as vLLM's."""
+    """Return the kernel's messages as vLLM's, each result as a message of its own."""
     wire: list[dict[str, Any]] = []
-    names: dict[str, str] = {}  # of functions by call id: vLLM up to 0.12 needs them in results
     for message in messages:
-        role = {"developer": "system", "function": "tool"}.get(message.role, message.role)
-        content = message.content
-        blocks: Sequence[Any] = ()
-        if not isinstance(content, str):
-            blocks = content
-            content = _to_wire_content(blocks)
-        calls = _to_wire_calls(message, blocks)
-        for call in calls:
-            names[call["id"]] = call["function"]["name"]
+        role = _ROLES.get(message.role, message.role)
+        blocks = message.content
+        if isinstance(blocks, str):
+            blocks = [_kernel("message_models").TextBlock(text=blocks)]
+        content = _to_wire_content(blocks)
 
-        results = [block for block in blocks if block.type == "tool_result"]
-        for block in results:
-            output = _to_json_text(block.output)
-            wire.append(_to_wire_result(block.tool_call_id, output, names.get(block.tool_call_id)))
-        if role == "tool" and not results:
-            call_id = message.tool_call_id or ""
-            wire.append(_to_wire_result(call_id, content, names.get(call_id, message.name)))
-        if role != "tool" and (content or calls or not results):
-            fields = {"reasoning": _find_reasoning(blocks), "tool_calls": calls}
-            fields["name"] = message.name
-            given = {name: value for name, value in fields.items() if value}
+        has_result = False
+        for block in blocks:
+            if block.type == "tool_result":
+                wire.append(_to_wire_result(block.tool_call_id, _to_json_text(block.output)))
+                has_result = True
+        if role == "tool":
+            if not has_result:
+                wire.append(_to_wire_result(message.tool_call_id or "", content))
+            continue
+
+        thoughts = [block.thinking for block in blocks if block.type == "thinking"]
+        calls = _to_wire_calls(message, blocks)
+        fields = {"reasoning": "\n".join(thoughts), "tool_calls": calls, "name": message.name}
+        given = {name: value for name, value in fields.items() if value}
+        if content or calls or not has_result:
             wire.append({"role": role, "content": content, **given})
     return wire
 
@@ -6284,50 +5698,31 @@ def _to_wire_content(blocks: Sequence[Any]) -> Any:
     return parts
 
 
-def _find_reasoning(blocks: Sequence[Any]) -> str:
-    """Return the thinking among the blocks of a message, other providers' included."""
-    texts = []
-    for block in blocks:
-        if block.type == "thinking":
-            texts.append(block.thinking)
-        elif block.type == "reasoning":
-            items = filter(lambda item: isinstance(item, Mapping), block.content)
-            texts.append("".join(item.get("text", "") for item in items))
-    return "\n".join(filter(None, texts))
-
-
 def _to_wire_calls(message: Any, blocks: Sequence[Any]) -> list[dict[str, Any]]:
     """Return an assistant's calls, which come as blocks, as the extra `tool_calls`, or both."""
     entries: list[dict[str, Any]] = [vars(block) for block in blocks if block.type == "tool_call"]
     for entry in getattr(message, "tool_calls", None) or ():
         call = dict(entry)
-        entries.append({**(call.get("function") or {}), **call})
+        entries.append({**call.get("function", {}), **call})
 
     calls: dict[str, dict[str, Any]] = {}
     for entry in entries:
+        name = entry.get("tool", entry.get("name", ""))
         call_id = entry.get("id") or ""
-        name = entry.get("tool") or entry.get("name") or ""
         arguments = _to_json_text(entry.get("arguments") or entry.get("input") or {})
         calls.setdefault(call_id, _to_wire_call(call_id, name, arguments))
     return list(calls.values())
 
 
 def _to_json_text(value: Any) -> str:
-    """Return a text as it is, anything else as JSON; lone surrogates escaped."""
-    text = str(value)
+    """Return a text as it is, anything else as JSON; lone surrogates, as escapes, in both."""
     if not isinstance(value, str):
-        text = json.dumps(value, ensure_ascii=False, default=str)
-    try:
-        text.encode()
-    except UnicodeEncodeError:  # which the model wrote as an escape
-        return json.dumps(value, default=str)
-    return text
+        value = json.dumps(value, ensure_ascii=False, default=str)
+    return str(value.encode(errors="backslashreplace").decode())
 
 
-def _to_wire_result(call_id: str, content: Any, name: str | None) -> dict[str, Any]:
-    """Return a tool message."""
-    result = {"role": "tool", "tool_call_id": call_id, "content": content}
-    return {**result, "name": name} if name else result
+def _to_wire_result(call_id: str, content: Any) -> dict[str, Any]:
+    return {"role": "tool", "tool_call_id": call_id, "content": content}
 
 
 # Chat templates are strict: some refuse a system message that is not the first, a result without
@@ -6348,51 +5743,37 @@ def _to_template_messages(
     'Hi\n\n<system-reminder>\nBe brief.\n</system-reminder>'
     """
     first = list(itertools.takewhile(lambda message: message["role"] == "system", messages))
-    ordered, repairs = _pair_results(messages[len(first) :])
-    ordered = _fold_notes(ordered)
+    paired = _pair_results(messages[len(first) :])
+    missing = filter(lambda message: message["content"] == MISSING_RESULT, paired)
+    repairs = [{"tool_call_id": one["tool_call_id"], "tool_name": one["name"]} for one in missing]
+
+    ordered = _fold_notes(paired)
     if first:
-        content = ""
-        for message in first:
-            content = _join_content(content, message["content"])
+        content = _join_content(*[message["content"] for message in first])
         ordered.insert(0, {**first[0], "content": content})
     return ordered, repairs
 
 
-def _pair_results(
-    messages: Sequence[dict[str, Any]],
-) -> tuple[list[dict[str, Any]], list[dict[str, str]]]:
-    """Return the messages with each result right after its call, and those that were missing.
+def _pair_results(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the messages with one result right after each call, MISSING_RESULT if there is none.
 
     Later system messages, and results without a call, become notes.
     """
-    ordered: list[dict[str, Any]] = []
-    repairs: list[dict[str, str]] = []
-    used: set[int] = set()
-    for position, message in enumerate(messages):
-        if position in used:
+    paired: list[dict[str, Any]] = []
+    unanswered: dict[Any, dict[str, Any]] = {}  # of an id that repeats, the last call's
+    for message in messages:
+        result = unanswered.pop(message.get("tool_call_id"), None)
+        if result is not None:
+            result["content"] = message["content"]
             continue
-        ordered.append(_to_note(message))
+
+        paired.append(_to_note(message))
         for call in message.get("tool_calls", ()):
-            found = _find_result(messages, position + 1, call["id"])
-            if found is not None:
-                used.add(found)
-                ordered.append(messages[found])
-            else:
-                name = call["function"]["name"]
-                ordered.append(_to_wire_result(call["id"], MISSING_RESULT, name))
-                repairs.append({"tool_call_id": call["id"], "tool_name": name})
-    return ordered, repairs
-
-
-def _find_result(messages: Sequence[dict[str, Any]], start: int, call_id: str) -> int | None:
-    """Return where a call's result is, None if there is none before the same id is used again."""
-    for position in range(start, len(messages)):
-        message = messages[position]
-        if message.get("tool_call_id") == call_id:
-            return position
-        if any(call["id"] == call_id for call in message.get("tool_calls", ())):
-            return None
-    return None
+            result = _to_wire_result(call["id"], MISSING_RESULT)
+            result["name"] = call["function"]["name"]  # which vLLM up to 0.12 needs
+            unanswered[call["id"]] = result
+            paired.append(result)
+    return paired
 
 
 def _to_note(message: dict[str, Any]) -> dict[str, Any]:
@@ -6428,18 +5809,15 @@ def _fold_notes(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return folded[1:]
 
 
-def _join_content(first: Any, second: Any) -> Any:
-    """Return the contents of two messages as one: a text, or parts where either has parts."""
-    if isinstance(first, str) and isinstance(second, str):
-        return "\n\n".join(filter(None, (first, second)))
-    return [*_to_parts(first), *_to_parts(second)]
-
-
-def _to_parts(content: Any) -> Any:
-    """Return the content of a message as parts."""
-    if isinstance(content, str):
-        return [{"type": "text", "text": content}] if content else []
-    return content
+def _join_content(*contents: Any) -> Any:
+    """Return the contents of messages as one: a text, or parts where any has parts."""
+    contents = tuple(filter(None, contents))
+    if all(isinstance(content, str) for content in contents):
+        return "\n\n".join(contents)
+    parts: list[dict[str, Any]] = []
+    for content in contents:
+        parts += [{"type": "text", "text": content}] if isinstance(content, str) else content
+    return parts
 
 
 def _to_correction(reply: Completion, error: VLLMError) -> list[dict[str, Any]]:
@@ -6457,8 +5835,6 @@ def _to_correction(reply: Completion, error: VLLMError) -> list[dict[str, Any]]:
 
 def _to_kernel_calls(reply: Completion, tools: Sequence[Any]) -> list[Any]:
     """Return the kernel's ToolCalls; raise an error for one that cannot be executed."""
-    from amplifier_core.message_models import ToolCall as KernelCall
-
     stops = [choice.stop_reason for choice in reply.choices]
     if tools and HARMONY_CALL in stops and not reply.tool_calls:
         raise InvalidRequestError(
@@ -6466,18 +5842,16 @@ def _to_kernel_calls(reply: Completion, tools: Sequence[Any]) -> list[Any]:
             " --enable-auto-tool-choice --tool-call-parser openai"
         )
 
-    schemas = {}
-    for tool in tools:
-        function = tool["function"]
-        schemas[function.get("name")] = function.get("parameters") or {}
-
+    functions = {tool["function"].get("name"): tool["function"] for tool in tools}
     calls = []
     for place, call in enumerate(reply.tool_calls):
-        schema = schemas.get(call.name, {})
+        schema = {"type": "object", **(functions.get(call.name, {}).get("parameters") or {})}
         definitions = {**schema.get("definitions", {}), **schema.get("$defs", {})}
         arguments = _parse_strings(call.parsed(), schema, definitions)
         call_id = call.id or f"call_{reply.request_id}_{place}"
-        calls.append(KernelCall(id=call_id, name=call.name, arguments=arguments))
+        calls.append(
+            _kernel("message_models").ToolCall(id=call_id, name=call.name, arguments=arguments)
+        )
     return calls
 
 
@@ -6486,139 +5860,123 @@ def _parse_strings(value: Any, schema: Any, definitions: Mapping[str, Any]) -> A
 
     Qwen3-Coder writes nested values as JSON in a string. What does not parse stays.
 
-    >>> _parse_strings({"a": "[1]"}, {"properties": {"a": {"type": "array"}}}, {})
+    >>> _parse_strings({"a": "[1]"}, {"type": "object", "properties": {"a": {"type": "array"}}}, {})
     {'a': [1]}
     """
-    schemas = _expand_schema(schema, definitions)
-    if isinstance(value, str):
-        value = _parse_string(value, schemas)
+    types = _find_types(schema, definitions)
+    if isinstance(value, str) and "string" not in types:
+        with suppress(ValueError, RecursionError):
+            parsed = json.loads(value, parse_constant=_refuse_constant)
+            if _CONTAINERS.get(type(parsed), "") in types:
+                value = parsed
 
     if isinstance(value, dict):
-        properties: dict[str, Any] = {}
-        for one in schemas:
-            properties |= one.get("properties", {})
+        properties = types.get("object", {}).get("properties", {})
         result = {}
         for name, item in value.items():
             result[name] = _parse_strings(item, properties.get(name), definitions)
         return result
-
     if isinstance(value, list):
-        items = None
-        for one in schemas:
-            items = one.get("items", items)
+        items = types.get("array", {}).get("items")
         return [_parse_strings(item, items, definitions) for item in value]
     return value
 
 
-def _parse_string(text: str, schemas: Sequence[Mapping[str, Any]]) -> Any:
-    """Return the object or array in a text, where the schemas want one; else the text."""
-    types: set[str] = set()
-    for schema in schemas:
-        kinds = schema.get("type", [])
-        types |= {kinds} if isinstance(kinds, str) else set(kinds)
-
-    with suppress(ValueError, RecursionError):
-        value = json.loads(text, parse_constant=_refuse_constant)
-        is_wanted = isinstance(value, dict) and "object" in types
-        is_wanted = is_wanted or (isinstance(value, list) and "array" in types)
-        if is_wanted and "string" not in types:
-            return value
-    return text
-
-
-def _expand_schema(schema: Any, definitions: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """Return a schema, what it refers to, and its alternatives."""
+def _find_types(schema: Any, definitions: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """Return the types that a schema allows, each with the schema or alternative that says so."""
     if not isinstance(schema, Mapping):
-        return []
-    reference = str(schema.get("$ref", "")).rpartition("/")[2]
-    expanded = [schema, *_expand_schema(definitions.get(reference), definitions)]
+        return {}
+    if "$ref" in schema:
+        return _find_types(definitions.get(schema["$ref"].rpartition("/")[2]), definitions)
+
+    types: dict[str, Mapping[str, Any]] = {}
     for keyword in ("anyOf", "oneOf", "allOf"):
-        for other in schema.get(keyword, ()):
-            expanded += _expand_schema(other, definitions)
-    return expanded
+        for alternative in schema.get(keyword, ()):
+            types |= _find_types(alternative, definitions)
+    names = schema.get("type", [])
+    if isinstance(names, str):
+        names = [names]
+    return {**types, **dict.fromkeys(names, schema)}
 
 
 def _to_response(
     reply: Completion, blocks: Sequence[_Block], calls: Sequence[Any], degradation: Any
 ) -> Any:
     """Return the kernel's ChatResponse, with the blocks that were shown."""
-    from amplifier_core.message_models import ChatResponse
-    from amplifier_core.message_models import Usage as KernelUsage
+    kernel = _kernel("message_models")
 
-    kept, shown = zip(*_to_contents(reply, blocks, calls), strict=True)
-    usage = _find_usage(reply)._asdict()
-    usage["cache_read_tokens"] = usage.pop("cached_tokens")
     finish_reason = reply.finish_reason or "stop"
     if calls:
         finish_reason = "tool_calls"
-    return ChatResponse(
-        content=list(kept),
+    content = _to_content(reply, blocks, calls)
+    return kernel.ChatResponse(
+        content=content,
         tool_calls=list(calls) or None,
-        usage=KernelUsage(**usage),
+        usage=kernel.Usage(**_to_usage(reply)),
         degradation=degradation,
         finish_reason=finish_reason,
-        content_blocks=list(shown),
+        content_blocks=list(map(_to_shown_block, content)),
         text=reply.text,
     )
 
 
-def _to_contents(
-    reply: Completion, blocks: Sequence[_Block], calls: Sequence[Any]
-) -> list[tuple[Any, Any]]:
-    """Return each block twice: as the history keeps it, and as content events show it."""
-    from amplifier_core import content_models as shown
-    from amplifier_core import message_models as kept
-
+def _to_content(reply: Completion, blocks: Sequence[_Block], calls: Sequence[Any]) -> list[Any]:
+    """Return the blocks as the history keeps them."""
+    kernel = _kernel("message_models")
     texts = {"thinking": io.StringIO(reply.reasoning), "text": io.StringIO(reply.text)}
-    rest = iter(calls)
-    contents: list[tuple[Any, Any]] = []
+    rest = (
+        kernel.ToolCallBlock(id=call.id, name=call.name, input=call.arguments) for call in calls
+    )
+    content: list[Any] = []
     for block in blocks:
         if block.kind == "tool_use":
-            for call in itertools.islice(rest, 1):
-                names = {"id": call.id, "name": call.name}
-                tool_use = kept.ToolCallBlock(input=call.arguments, **names)
-                event = shown.ToolCallContent(arguments=call.arguments, **names)
-                contents.append((tool_use, event))
-            continue
-
-        text = texts[block.kind].read(block.length)
-        if block.kind == "thinking":
-            contents.append((kept.ThinkingBlock(thinking=text), shown.ThinkingContent(text=text)))
+            content.extend(itertools.islice(rest, 1))
+        elif block.kind == "thinking":
+            content.append(kernel.ThinkingBlock(thinking=texts["thinking"].read(block.length)))
         else:
-            contents.append((kept.TextBlock(text=text), shown.TextContent(text=text)))
+            content.append(kernel.TextBlock(text=texts["text"].read(block.length)))
 
     if not (reply.text or calls):  # never empty: loop-basic would ask again without end
-        contents.append((kept.TextBlock(text=""), shown.TextContent(text="")))
-    return contents
+        content.append(kernel.TextBlock(text=""))
+    return content
 
 
-def _find_usage(reply: Completion) -> Usage:
-    """Return the tokens of a reply, zeros where the server did not say."""
-    return reply.usage or Usage(0, 0, 0)
+def _to_shown_block(block: Any) -> Any:
+    """Return a block of the history as content events show it."""
+    shown = _kernel("content_models")
+    if block.type == "thinking":
+        return shown.ThinkingContent(text=block.thinking)
+    if block.type == "text":
+        return shown.TextContent(text=block.text)
+    return shown.ToolCallContent(id=block.id, name=block.name, arguments=block.input)
+
+
+def _to_usage(reply: Completion) -> dict[str, Any]:
+    """Return the tokens of a reply under the kernel's names, zeros where the server did not say."""
+    usage = (reply.usage or Usage(0, 0, 0))._asdict()
+    usage["cache_read_tokens"] = usage.pop("cached_tokens")
+    return usage
 
 
 def _to_usage_payload(replies: Sequence[_Judged]) -> dict[str, Any]:
     """Return the tokens of all the replies, as llm:response has them."""
     payload: dict[str, Any] = {"input_tokens": 0, "output_tokens": 0, "cost_usd": None}
     for reply, _ in replies:
-        counts = _find_usage(reply)._asdict()
-        counts["cache_read_tokens"] = counts.pop("cached_tokens")
-        del counts["total_tokens"]
-        for name, count in counts.items():
+        usage = _to_usage(reply)
+        del usage["total_tokens"]
+        for name, count in usage.items():
             if count is not None:
                 payload[name] = payload.get(name, 0) + count
     return payload
 
 
 def _to_reason(error: BaseException) -> dict[str, str]:
-    """Return an error as events have it."""
     return {"type": type(error).__name__, "msg": str(error) or "cancelled"}
 
 
 def _to_kernel_error(error: VLLMError, model: str | None) -> Exception:
     """Return the kernel's error of the same name, or of the nearest parent's there."""
-    from amplifier_core import llm_errors
-
+    llm_errors = _kernel("llm_errors")
     names = [kind.__name__ for kind in type(error).__mro__]
     if isinstance(error, InvalidRequestError) and _CONTENT_FILTER.search(error.server_message):
         names.insert(0, "ContentFilterError")
@@ -6678,7 +6036,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         _complain(f"vllm-provider: {error}")
         return EXIT_MISUSED if isinstance(error, ConfigurationError) else EXIT_FAILED
     except OSError as error:
-        return _give_up(error)
+        _silence(sys.stdout)
+        if isinstance(error, BrokenPipeError):
+            return 0  # the reader has what it wanted
+        _complain(f"vllm-provider: {error}")
+        return EXIT_FAILED
 
 
 def _prepare_streams() -> None:
@@ -6691,7 +6053,6 @@ def _prepare_streams() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # characters that the encoding lacks
-
     if not logger.hasHandlers():  # warnings go to stderr then, each as a line
         logger.addFilter(_is_not_retry)
 
@@ -6715,26 +6076,16 @@ def _silence(stream: TextIO) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
-def _give_up(error: OSError) -> int:
-    """Return the exit code for output that cannot be written."""
-    _silence(sys.stdout)
-    if isinstance(error, BrokenPipeError):
-        return 0  # the reader has what it wanted
-    _complain(f"vllm-provider: {error}")
-    return EXIT_FAILED
-
-
 def _connect(options: _Arguments) -> list[VLLMClient]:
     """Return a client for each --base-url. Only run-batch uses more than the last."""
-    settings = {"api_key": options.get("api_key"), "timeout": options.get("timeout")}
-    settings["default_model"] = options.get("model")
+    names = ["api_key", "timeout"]
+    settings = {"default_model": options.get("model")}
     settings["max_concurrency"] = options.get("max_inflight", options.get("max_concurrency"))
     if options["command"] in ("complete", "chat"):
-        for name in ("max_tokens", "temperature", "top_p", "seed", "stop", "logprobs"):
-            settings[name] = options.get(name)
-        if "html" in options:
-            settings["logprobs"] = options.get("logprobs", HTML_LOGPROBS)
+        names += ["max_tokens", "temperature", "top_p", "seed", "stop", "logprobs"]
+        settings["logprobs"] = HTML_LOGPROBS if "html" in options else None
 
+    settings |= {name: options[name] for name in names if name in options}
     urls = options.get("base_url", [None])
     if options["command"] != "run-batch":
         urls = urls[-1:]
@@ -6761,7 +6112,9 @@ def _read_arguments(argv: Sequence[str]) -> dict[str, Any]:
         )
         if name in ("complete", "chat", "score"):
             subparser.add_argument("text", metavar="TEXT", nargs="?", help=_TEXT_HELP)
-        _add_options(subparser, f"{command.options} {_SHARED_OPTIONS}")
+        for option_name in f"{command.options} {_SHARED_OPTIONS}".split():
+            option = _CLI_OPTIONS[option_name]
+            subparser.add_argument(*option.names, **option.to_argparse())
 
     options, unknown = parser.parse_known_args(_with_command_first(parser, argv))
     for word in unknown:
@@ -6770,12 +6123,6 @@ def _read_arguments(argv: Sequence[str]) -> dict[str, Any]:
             parser.error(f"{name} is not an option of {options.command}")
         parser.error(f"unexpected argument: {word!r}; are quotes missing?")
     return vars(options)
-
-
-def _add_options(parser: Any, names: str) -> None:
-    for name in names.split():
-        option = _CLI_OPTIONS[name]
-        parser.add_argument(*option.names, **option.to_argparse())
 
 
 def _with_command_first(parser: Any, argv: Sequence[str]) -> list[str]:
@@ -6788,7 +6135,6 @@ def _with_command_first(parser: Any, argv: Sequence[str]) -> list[str]:
         if option.metavar and "=" not in argv[place]:
             place += 1  # past the value
         place += 1
-
     if place >= len(argv):
         return []  # argparse says that the command is missing
     return [argv[place], *argv[:place], *argv[place + 1 :]]
@@ -6796,20 +6142,13 @@ def _with_command_first(parser: Any, argv: Sequence[str]) -> list[str]:
 
 def _find_option(parser: Any, word: str) -> "_Option":
     """Return the option named; for a misspelled name end the process, with the nearest one."""
-    import difflib
-
     name = word.partition("=")[0]
     for option in _CLI_OPTIONS.values():
         if name in option.names or option.names[-1].startswith(name):
             return option
-
-    near = difflib.get_close_matches(name, _CLI_OPTIONS, n=1)
-    advice = f"; did you mean {near[0]}?" if near else ""
+    near = _nearest(name, _CLI_OPTIONS)
+    advice = f"; did you mean {near}?" if near else ""
     return parser.error(f"unrecognized option: {name}{advice}")  # type: ignore[no-any-return]
-
-
-def _read_params(options: _Arguments) -> dict[str, Any]:
-    return dict(map(_read_param, options.get("param", ())))
 
 
 def _read_param(param: str) -> tuple[str, Any]:
@@ -6823,6 +6162,10 @@ def _read_param(param: str) -> tuple[str, Any]:
     except (ValueError, RecursionError) as error:
         form = """NAME=JSON, like top_k=5 or stop='["END"]'"""
         raise ConfigurationError(f"a parameter is {form}; got {_quoted(param)}") from error
+
+
+def _read_params(options: _Arguments) -> dict[str, Any]:
+    return dict(map(_read_param, options.get("param", ())))
 
 
 def _read_text(options: _Arguments) -> str:
@@ -6865,30 +6208,27 @@ def _run_prompt(clients: Sequence[VLLMClient], options: _Arguments) -> int:
 
     text = _read_text(options)
     params = _read_params(options)
-    stream = _start(clients[0], _build_source(options, text), options, params)
+    source: str | list[dict[str, Any]] = text
+    if options["command"] == "chat" or "chat_template" in options:
+        source = [*_to_system(options.get("system")), {"role": "user", "content": text}]
+    elif "system" in options:
+        raise ConfigurationError("--system goes with chat, or with complete --chat-template")
+
+    stream = _start(clients[0], source, options, params)
     if "json" in options:
         with stream:
             collections.deque(stream, maxlen=0)
-        _print_json(stream.completion.to_dict())
+        _print_json(stream.completion)
     else:
         _show(stream, options, params)
-
     if "html" in options:
         _write_file(options["html"], to_html(stream.completion, text[:TITLE_CHARACTERS]))
     return 0
 
 
-def _build_source(options: _Arguments, text: str) -> Any:
-    """Return the prompt, or the messages where the text is one of a user."""
-    if options["command"] == "complete" and "chat_template" not in options:
-        if "system" in options:
-            raise ConfigurationError("--system goes with chat, or with complete --chat-template")
-        return text
-
-    messages = [{"role": "user", "content": text}]
-    if "system" in options:
-        messages.insert(0, {"role": "system", "content": options["system"]})
-    return messages
+def _to_system(text: str | None) -> list[dict[str, Any]]:
+    """Return a system message in a list, which is empty without a text."""
+    return [] if text is None else [{"role": "system", "content": text}]
 
 
 def _start(
@@ -6927,14 +6267,14 @@ def _show(stream: Stream, options: _Arguments, params: _Arguments) -> None:
 
 
 def _to_stats(reply: Completion) -> str:
-    total_s = reply.total_s or 0.0
+    seconds = reply.total_s or 0.0
     tokens = 0 if reply.usage is None else reply.usage.output_tokens
     first_s = reply.first_token_s
     if first_s is None:
-        return f"{total_s:.2f} s, {tokens / max(total_s, 1e-3):.0f} tokens/s, {tokens} tokens"
+        return f"{seconds:.2f} s, {tokens / max(seconds, 1e-3):.0f} tokens/s, {tokens} tokens"
 
     # The speed is that after the first token.
-    speed = max(0, tokens - 1) / max(total_s - first_s, 1e-3)
+    speed = max(0, tokens - 1) / max(seconds - first_s, 1e-3)
     return f"{first_s:.2f} s to first token, {speed:.0f} tokens/s, {tokens} tokens"
 
 
@@ -6948,14 +6288,13 @@ def _run_score(clients: Sequence[VLLMClient], options: _Arguments) -> int:
         scores = clients[0].choose(options["choice"], context=context or _read_text(options))
 
     if "json" in options:
-        _print_json(_to_json(scores if "choice" in options else scores[0]))
+        _print_json(scores if "choice" in options else scores[0])
     else:
         for score in scores:
             print(
                 f"probability {score.probability:.4g}, log probability {score.logprob:.4f}, "
                 f"perplexity {score.perplexity:.4g}: {score.text!r}"
             )
-
     if "html" in options:
         _write_file(options["html"], to_html(scores[0], context[-TITLE_CHARACTERS:]))
     return 0
@@ -6977,20 +6316,21 @@ def _run_bench(clients: Sequence[VLLMClient], options: _Arguments) -> int:
     names = [name[2:].replace("-", "_") for name in _BENCH_OPTIONS.split()]
     settings = {name: options[name] for name in names if name in options}
     report = clients[0].bench(progress=True, **settings)
-
+    result = report.to_dict()
     if "save_result" in options:
-        _write_file(options["save_result"], json.dumps(report.to_dict()))
+        _write_file(options["save_result"], json.dumps(result))
+
     if "json" in options:
-        _print_json(report.to_dict())
+        _print_json(result)
     else:
         print(report)
-    return 0 if report.to_dict()["completed"] else EXIT_FAILED
+    return 0 if result["completed"] else EXIT_FAILED
 
 
 def _run_models(clients: Sequence[VLLMClient], options: _Arguments) -> int:
     cards = clients[0].models()
     if "json" in options:
-        _print_json(_to_json(cards))
+        _print_json(cards)
         return 0
 
     for card in cards:
@@ -7003,7 +6343,6 @@ def _run_health(clients: Sequence[VLLMClient], options: _Arguments) -> int:
     wait = options.get("wait", 0.0)
     if not wait >= 0:  # not a number
         raise ConfigurationError(f"--wait must be a number of seconds of at least 0, got {wait}")
-
     clients[0].health(wait)
     print(f"{clients[0].config.base_url} is healthy")
     return 0
@@ -7011,7 +6350,7 @@ def _run_health(clients: Sequence[VLLMClient], options: _Arguments) -> int:
 
 def _print_json(value: Any) -> None:
     is_unicode = (sys.stdout.encoding or "").lower().startswith("utf")
-    print(json.dumps(value, ensure_ascii=not is_unicode, allow_nan=False))
+    print(json.dumps(_to_json(value), ensure_ascii=not is_unicode, allow_nan=False))
 
 
 def _write_file(path: str, text: str) -> None:
@@ -7037,8 +6376,7 @@ class _Printer:
         if delta.index != 0:
             return
         if delta.reasoning:
-            self._write(sys.stderr, delta.reasoning, is_dim=True)
-
+            self._write(sys.stderr, delta.reasoning)
         for text, token in self._to_pieces(delta):
             self._write(sys.stdout, text, token)
 
@@ -7059,11 +6397,10 @@ class _Printer:
             self._out.flush()
         self._is_line_open = False
 
-    def _write(
-        self, out: TextIO, text: str, token: TokenLogprob | None = None, *, is_dim: bool = False
-    ) -> None:
+    def _write(self, out: TextIO, text: str, token: TokenLogprob | None = None) -> None:
+        is_reasoning = out is sys.stderr
         if out is not self._out:
-            if is_dim or self._out is not None:
+            if is_reasoning or self._out is not None:
                 text = text.lstrip("\n")  # templates put line breaks around the reasoning
             if not text:
                 return
@@ -7072,8 +6409,8 @@ class _Printer:
         self._out = out
         self._is_line_open = not text.endswith("\n")
         if out.isatty():
-            text = _CONTROL.sub(_escape, text)
-            text = self._dim(text) if is_dim else self._paint(text, token)
+            text = _CONTROL.sub(lambda match: f"\\x{ord(match[0]):02x}", text)
+            text = self._dim(text) if is_reasoning else self._paint(text, token)
         out.write(text)
         out.flush()
 
@@ -7103,23 +6440,13 @@ class _Printer:
             color = 32  # green
         elif token.probability >= 0.4:
             color = 33  # yellow
-
         painted = f"\x1b[{color}m{text}\x1b[0m"
         others = [other for other in token.top if other.token != token.token]
-        if others:
-            painted += self._dim(f"[{','.join(map(_to_hint, others))}]")
-        return painted
+        hints = [f"{repr(other.token)[1:-1]} {other.probability:.2f}" for other in others]
+        return painted + self._dim(f"[{','.join(hints)}]") if hints else painted
 
     def _dim(self, text: str) -> str:
         return f"\x1b[2m{text}\x1b[0m" if self._has_color else text
-
-
-def _to_hint(token: TokenLogprob) -> str:
-    return f"{repr(token.token)[1:-1]} {token.probability:.2f}"
-
-
-def _escape(match: re.Match[str]) -> str:
-    return f"\\x{ord(match[0]):02x}"
 
 
 # ---- Command line: conversation ---------------------------------------------
@@ -7132,16 +6459,16 @@ class _Conversation:
         self._client = client
         self._options = options
         self._params = _read_params(options)
+        self._system = _to_system(options.get("system"))
         self._messages: list[dict[str, Any]] = []
-        self._text = ""  # of the last turn, for /retry
-        self._turn_messages = 0  # how many messages the last turn has added
+        self._text = ""  # of the last turn, for /retry, and the messages before it
+        self._before: list[dict[str, Any]] = []
         self._is_open = True
         self._commands = {
             "/help": self._help, "/clear": self._clear, "/retry": self._retry,
             "/save": self._save, "/load": self._load, "/system": self._set_system,
             "/set": self._set_param, "/quit": self._quit,
         }  # fmt: skip
-        self._set_system(options.get("system", ""))
 
     def run(self) -> None:
         """Read and answer until Ctrl-D or /quit."""
@@ -7157,7 +6484,7 @@ class _Conversation:
                 self._take(input("> "))
             except EOFError:
                 print()
-                self._quit("")
+                return
             except KeyboardInterrupt:
                 print()
             except UnicodeError:
@@ -7166,36 +6493,33 @@ class _Conversation:
                 _complain(f"vllm-provider: {error}")
 
     def _take(self, line: str) -> None:
+        if line.startswith("/"):
+            name, _, argument = line.partition(" ")
+            if name not in self._commands:
+                near = _nearest(name, self._commands)
+                advice = f"did you mean {near}?" if near else "see /help"
+                raise ConfigurationError(
+                    f"unknown command: {_quoted(name)}; {advice}"
+                    " (a space before it sends it as text)"
+                )
+            self._commands[name](argument.strip())
+            return
+
         if line.startswith('"""'):
             lines = [line[3:]]
             while not lines[-1].endswith('"""'):
                 lines.append(input(". "))
             line = "\n".join(lines)[:-3].strip("\n")
-        elif line.startswith("/"):
-            self._obey(*line.partition(" "))
-            return
-
         if line.strip():
             self._answer(line, self._messages)
-
-    def _obey(self, name: str, _: str, argument: str) -> None:
-        import difflib
-
-        if name in self._commands:
-            self._commands[name](argument.strip())
-            return
-        near = difflib.get_close_matches(name, self._commands, n=1)
-        advice = f"did you mean {near[0]}?" if near else "see /help"
-        raise ConfigurationError(
-            f"unknown command: {_quoted(name)}; {advice} (a space before it sends it as text)"
-        )
 
     def _answer(self, text: str, before: list[dict[str, Any]]) -> None:
         """Print the answer. Unless it fails, question and answer are added to `before`."""
         self._text = text
-        self._turn_messages = len(self._messages) - len(before)
+        self._before = before
         question = {"role": "user", "content": text}
-        stream = _start(self._client, [*before, question], self._options, self._params)
+        messages = [*self._system, *before, question]
+        stream = _start(self._client, messages, self._options, self._params)
         try:
             _show(stream, self._options, self._params)
             answer = stream.completion.to_message()
@@ -7204,24 +6528,24 @@ class _Conversation:
             answer = {"role": "assistant", "content": stream.completion.text}
             if not answer["content"]:
                 return
-
         self._messages = [*before, question, answer]
-        self._turn_messages = 2
 
     def _help(self, _: str) -> None:
         print(CHAT_HELP, end="")
 
     def _clear(self, _: str) -> None:
-        self._replace([message for message in self._messages if message.get("role") == "system"])
+        self._messages = []
+        self._text = ""
 
     def _retry(self, _: str) -> None:
         if not self._text:
             raise ConfigurationError("there is no message to send again")
-        self._answer(self._text, self._messages[: len(self._messages) - self._turn_messages])
+        self._answer(self._text, self._before)
 
     def _save(self, path: str) -> None:
+        messages = [*self._system, *self._messages]
         try:
-            _write_file(os.path.expanduser(path), json.dumps(self._messages, indent=1))
+            _write_file(os.path.expanduser(path), json.dumps(messages, indent=1))
         except OSError as error:
             raise VLLMError(f"/save FILE: {error}") from error
 
@@ -7231,12 +6555,15 @@ class _Conversation:
                 body = build_chat_request(self._client.config, json.load(file))
         except (OSError, ValueError, RecursionError) as error:
             raise VLLMError(f"/load FILE: {error}") from error
-        self._replace(body["messages"])
+
+        self._clear("")
+        self._system = []
+        for message in body["messages"]:
+            place = self._system if message.get("role") == "system" else self._messages
+            place.append(message)
 
     def _set_system(self, text: str) -> None:
-        self._messages = [message for message in self._messages if message.get("role") != "system"]
-        if text:
-            self._messages.insert(0, {"role": "system", "content": text})
+        self._system = _to_system(text or None)
 
     def _set_param(self, param: str) -> None:
         name, value = _read_param(param)
@@ -7244,10 +6571,6 @@ class _Conversation:
 
     def _quit(self, _: str) -> None:
         self._is_open = False
-
-    def _replace(self, messages: list[dict[str, Any]]) -> None:
-        self._messages = messages
-        self._text = ""
 
 
 # ---- Command line: what there is --------------------------------------------
