@@ -3547,7 +3547,8 @@ class _ServedModel:
         Where a gateway hides the models, there is none: vLLM then takes its first.
         """
         has_lock = False
-        give_up_at = time.monotonic() + HEALTH_LOOK_S  # a fork may have left the lock locked
+        # Not forever: a fork may have left the lock locked.
+        give_up_at = min(time.monotonic() + HEALTH_LOOK_S, call.deadline_at)
         while not (has_lock or self._is_known()) and time.monotonic() < give_up_at:
             call.check()
             has_lock = self._lock.acquire(timeout=POLL_S)
