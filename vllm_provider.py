@@ -2162,14 +2162,10 @@ def _status_error(
 
     default = ProviderUnavailableError if status >= 500 else StatusError
     kind = _STATUS_ERRORS.get(status, default)
-    advice = _ADVICE_BY_STATUS.get(status, "")
+    advice = _find_advice(status, message)
     retryable = _RETRYABLE_BY_STATUS.get(status)
 
     # The text is more precise than the status.
-    for text, by_text in _ADVICE_BY_TEXT.items():
-        if text in message:
-            advice = by_text
-            break
     if _NAN in message:
         kind = ProviderUnavailableError
         retryable = False
@@ -2186,6 +2182,13 @@ def _status_error(
     )
     error.server_message = message
     return error
+
+
+def _find_advice(status: int, message: str) -> str:
+    for text, advice in _ADVICE_BY_TEXT.items():
+        if text in message:
+            return advice
+    return _ADVICE_BY_STATUS.get(status, "")
 
 
 def _is_starting_page(status: int, message: str) -> bool:
@@ -2369,10 +2372,7 @@ class _ChoiceBuilder:
             token_ids = tuple(choice["token_ids"])
             self._token_ids += token_ids
         if choice.get("logprobs"):
-            prompt_ids = choice.get("prompt_token_ids") or ()
-            top = self._expected.top
-            logprobs = _parse_logprobs(choice["logprobs"], token_ids, prompt_ids, top)
-            self._logprobs += logprobs
+            logprobs = self._add_logprobs(choice, token_ids)
         if _has_prompt(choice):
             self._prompt = _parse_prompt(choice, self._expected.prompt_top)
 
@@ -2385,6 +2385,14 @@ class _ChoiceBuilder:
             self._index, text, reasoning, calls, logprobs, token_ids,
             self._finish_reason, self._stop_reason,
         )  # fmt: skip
+
+    def _add_logprobs(
+        self, choice: Mapping[str, Any], token_ids: tuple[int, ...]
+    ) -> tuple[TokenLogprob, ...]:
+        prompt_ids = choice.get("prompt_token_ids") or ()
+        logprobs = _parse_logprobs(choice["logprobs"], token_ids, prompt_ids, self._expected.top)
+        self._logprobs += logprobs
+        return logprobs
 
     def _add_calls(self, pieces: Sequence[Mapping[str, Any]]) -> tuple[ToolCall, ...]:
         """Add pieces of tool calls, each to the call last begun at its index.
