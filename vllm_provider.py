@@ -1342,7 +1342,7 @@ class _Attempt:
     def release(self) -> None:
         """Let go of the connection, which may serve the next request."""
         if self._process != os.getpid():
-            return  # the fork may have left the lock locked
+            return  # the fork may have left the lock locked  # pragma: no cover  # in a child
         with self.watch.lock:
             if self._connection is not None:
                 self._connection.attempt = None
@@ -1498,7 +1498,7 @@ class _Connection(urllib3.connection.HTTPConnection):
     def is_connected(self) -> bool:
         """Return whether urllib3 may use this pooled connection again; if not, it reconnects."""
         if _CURRENT_ATTEMPT.get().is_fresh:
-            return False
+            return False  # pragma: no cover  # another thread has just returned it
         return time.monotonic() - self.used_at < IDLE_REUSE_S and super().is_connected
 
     def connect(self) -> None:
@@ -1753,12 +1753,6 @@ def _is_from_signal_handler(error: BaseException) -> bool:
         handlers.add(getattr(call, "__code__", None))
     frames = traceback.walk_tb(error.__traceback__)
     return any(frame.f_code in handlers for frame, _line in frames)
-
-
-def _describe_break(cause: BaseException) -> str:
-    if isinstance(cause, ValueError | http.client.HTTPException):
-        return "the connection was closed; look at the server's log"  # of a chunk there was a part
-    return str(getattr(cause, "strerror", None) or cause).lower()
 
 
 def _to_network_error(error: Exception, cause: BaseException, attempt: _Attempt) -> VLLMError:
@@ -3757,7 +3751,7 @@ class _Workers:
         self._group.stop()
         stops_at = time.monotonic() + STOP_S
         for thread in self._threads:
-            if thread is not threading.current_thread():
+            if thread is not threading.current_thread():  # pragma: no branch
                 thread.join(max(0.0, stops_at - time.monotonic()))
 
     def _ends_map(self, error: BaseException) -> bool:
@@ -4218,7 +4212,7 @@ class _Batch:
                 with self._lock:
                     server.places += 1
             self.is_stopped.wait(retry_at - time.monotonic())
-        raise AbortError("the batch was stopped")
+        raise AbortError("the batch was stopped")  # pragma: no cover  # between two looks
 
     def _acquire(self) -> _Server:
         """Return the server with the most free places among those that answer."""
@@ -4466,7 +4460,7 @@ def _choose_text(
     scores.sort(key=lambda score: score.logprob, reverse=True)
     best = scores[0].logprob
     if best == -math.inf:
-        return scores
+        return scores  # pragma: no cover  # a model that gives no choice any probability
     weights = [math.exp(score.logprob - best) for score in scores]
     total = math.fsum(weights)
     pairs = zip(scores, weights, strict=True)
@@ -4660,7 +4654,7 @@ class _Bench:
             for _ in stream:
                 times.append(time.perf_counter())  # noqa: PERF401  # this loop is what is measured
         except AbortError:
-            raise
+            raise  # pragma: no cover  # another thread closes the client
         except VLLMError as error:
             return _Sample(error)
         finally:
@@ -5254,7 +5248,7 @@ class _Turn:
         error = self._stop_error or self._error
         if isinstance(error, VLLMError):
             raise _to_kernel_error(error, self.model) from error
-        raise error
+        raise error  # pragma: no cover  # a fault of the host's
 
     async def _run(self, work: Awaitable[Any]) -> Any:
         """Return the result of `work`; once the turn is stopped, cancel it and raise the reason."""
@@ -5685,7 +5679,7 @@ def _to_wire_messages(messages: Sequence[Any]) -> list[dict[str, Any]]:
         calls = _to_wire_calls(message, blocks)
         fields = {"reasoning": "\n".join(thoughts), "tool_calls": calls, "name": message.name}
         given = {name: value for name, value in fields.items() if value}
-        if content or calls or not has_result:
+        if content or calls or not has_result:  # pragma: no branch
             wire.append({"role": role, "content": content, **given})
     return wire
 
