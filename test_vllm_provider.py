@@ -1614,7 +1614,6 @@ from vllm_provider import (
     AccessDeniedError,
     AuthenticationError,
     BatchReport,
-    BenchReport,
     Choice,
     Completion,
     ConfigurationError,
@@ -2357,7 +2356,7 @@ RETRYABLE: Final = {
 PUBLIC: Final = {
     *ERROR_TREE,
     *("VLLMConfig", "VLLMClient", "Stream", "Completion", "Choice", "TokenLogprob", "Delta"),
-    *("ToolCall", "Usage", "ModelCard", "Score", "BatchReport", "BenchReport", "to_html"),
+    *("ToolCall", "Usage", "ModelCard", "Score", "BatchReport", "to_html"),
     *("VLLMProvider", "mount", "on_session_ready", "request_options", "main"),
     *("build_completion_request", "build_chat_request"),
     *("parse_completion_response", "parse_chat_response"),
@@ -8284,222 +8283,6 @@ def test_choices_of_several_tokens(web):
     assert len(sent_bodies(web, COMPLETIONS_URL)) == 2
 
 
-# ---- Many calls: benchmark --------------------------------------------------
-
-
-def test_metrics_of_a_benchmark():
-    samples = [
-        vllm_provider._Sample(None, 0.001, 0.1, 0.5, [0.2], [0.2, 0.2], 10, 3),
-        vllm_provider._Sample(None, 0.003, 0.3, 0.3, [], [], 20, 1),
-        vllm_provider._Sample(NetworkError("gone")),
-    ]
-    result = vllm_provider._build_bench_result(samples, 2.0)
-    expected = {
-        "duration": 2.0,
-        "completed": 2,
-        "failed": 1,
-        "total_input_tokens": 30,
-        "total_output_tokens": 4,
-    }
-    expected |= {
-        "request_throughput": 1.0,
-        "output_throughput": 2.0,
-        "total_token_throughput": 17.0,
-    }
-    expected |= {"mean_ttft_ms": 200, "median_ttft_ms": 200, "std_ttft_ms": 100, "p99_ttft_ms": 298}
-    expected |= {
-        "mean_tpot_ms": 200,
-        "median_itl_ms": 200,
-        "std_itl_ms": 0,
-        "mean_e2el_ms": 400,
-        "mean_lag_ms": 2,
-    }
-    assert {name: result[name] for name in expected} == pytest.approx(expected)
-
-
-def test_a_benchmark_of_nothing_but_failures_is_zeros():
-    result = vllm_provider._build_bench_result([vllm_provider._Sample(NetworkError("gone"))], 2.0)
-    assert {value for name, value in result.items() if name.endswith("_ms")} == {0.0}
-    assert (result["completed"], result["failed"]) == (0, 1)
-
-
-@pytest.mark.parametrize(
-    ("times", "output_tokens", "ttft", "e2el", "tpots", "gaps"),
-    [
-        pytest.param(
-            [1.5, 2.0, 4.0], 5, 0.5, 3.0, [0.625], [0.5, 2.0], id="more-tokens-than-events"
-        ),
-        pytest.param([1.5], 1, 0.5, 0.5, [], [], id="one-token"),
-    ],
-)
-def test_times_of_a_request(times, output_tokens, ttft, e2el, tpots, gaps):
-    sample = vllm_provider._to_sample(0.25, 1.0, times, Usage(7, output_tokens, 7 + output_tokens))
-    assert sample == (None, 0.25, ttft, e2el, tpots, gaps, 7, output_tokens)
-
-
-def test_a_reply_without_a_token_is_a_failure():
-    assert type(vllm_provider._to_sample(0.0, 1.0, [], Usage(1, 0, 1)).error) is ProtocolError
-
-
-@pytest.mark.parametrize("burstiness", [0.3, 1.0, 50.0])
-def test_arrivals(burstiness):
-    arrivals = vllm_provider._find_arrivals(400, 20.0, burstiness, random.Random(1))
-    gaps = [after - before for before, after in itertools.pairwise([0.0, *arrivals])]
-    assert arrivals[-1] == pytest.approx(400 / 20.0)
-    assert min(gaps) >= 0
-    variation = (sum((gap - 0.05) ** 2 for gap in gaps) / 400) ** 0.5 / 0.05
-    assert variation == pytest.approx(burstiness**-0.5, rel=0.25)
-    assert vllm_provider._find_arrivals(3, math.inf, burstiness, random.Random(1)) == [
-        0.0,
-        0.0,
-        0.0,
-    ]
-
-
-@pytest.mark.usefixtures("no_thread_left")
-@pytest.mark.parametrize("endpoint", ["completions", "chat"])
-def test_a_benchmark(server, connect, endpoint):
-    sizes = {"num_prompts": 6, "random_input_len": 9, "random_output_len": 5}
-    report = connect(server).bench(
-        max_concurrency=2, ignore_eos=True, endpoint=endpoint, seed=3, **sizes
-    )
-    result = report.to_dict()
-    assert (result["completed"], result["failed"], result["max_concurrency"]) == (6, 0, 2)
-    assert (result["request_rate"], result["model_id"], result["num_prompts"]) == ("inf", MODEL, 6)
-    assert result["total_output_tokens"] == 6 * 5
-    bodies = [request.body for request in server.requests if request.path.startswith("/v1")]
-    assert len(bodies) == 7  # one is not counted
-    assert all(body["stream"] and body["stream_options"]["include_usage"] for body in bodies)
-    if endpoint == "chat":
-        assert {body["max_completion_tokens"] for body in bodies} == {5}
-    else:
-        assert {
-            (len(body["prompt"]), body["max_tokens"], body["ignore_eos"]) for body in bodies
-        } == {(9, 5, True)}
-        assert result["total_input_tokens"] == 6 * 9
-
-
-def test_a_seed_makes_a_benchmark_the_same_again(server, connect):
-    for _ in range(2):
-        connect(server).bench(
-            num_prompts=3, max_concurrency=1, random_input_len=4, random_output_len=2, seed=7
-        )
-    prompts = [
-        request.body["prompt"] for request in server.requests if request.path == COMPLETIONS_PATH
-    ]
-    assert sorted(prompts[:4]) == sorted(prompts[4:])
-    assert len(set(map(str, prompts[:4]))) == 3  # the first is sent twice
-
-
-def test_an_event_without_text_counts_in_a_benchmark(server, connect):
-    events = [text_event("a", token_ids=[5]), text_event("", token_ids=[6])]
-    end = text_event("", token_ids=[7], finish_reason="stop")
-    usage = {"prompt_tokens": 4, "completion_tokens": 3, "total_tokens": 7}
-    answer = sse(*events, end, {"choices": [], "usage": usage})
-    server.script(None, *[answer] * 2, path=COMPLETIONS_PATH)
-    sizes = {"num_prompts": 2, "random_input_len": 4, "random_output_len": 3}
-    result = connect(server).bench(max_concurrency=1, **sizes).to_dict()
-    # Three tokens in three events: both are the mean of two gaps.
-    assert result["mean_itl_ms"] == pytest.approx(result["mean_tpot_ms"])
-    assert server.requests[-1].body["return_token_ids"] is True
-
-
-def test_a_benchmark_sends_requests_when_they_are_due(server, connect):
-    connect(server).bench(
-        num_prompts=10, request_rate=50.0, burstiness=1e6, random_input_len=2, random_output_len=2
-    )
-    times = [request.time_s for request in server.requests if request.path == COMPLETIONS_PATH][1:]
-    assert 0.17 < times[-1] - times[0] < 1.0
-
-
-def test_a_benchmark_of_a_server_that_fails(server, connect):
-    server.script(
-        reply(500, {"error": {"message": "out of memory", "code": 500}}), path=COMPLETIONS_PATH
-    )
-    error = caught(connect(server).bench, num_prompts=3, random_input_len=4, random_output_len=2)
-    assert type(error) is ProviderUnavailableError
-    server.script(None, reply(503), None, path=COMPLETIONS_PATH)
-    report = connect(server).bench(
-        num_prompts=3, max_concurrency=1, random_input_len=4, random_output_len=2
-    )
-    assert (report.result["completed"], report.result["failed"]) == (2, 1)
-    assert report.first_error.startswith("503")
-    assert str(report).endswith(f"First error: {report.first_error}")
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"num_prompts": 0}, {"random_input_len": 0}, {"random_output_len": -1}, {"max_concurrency": 0},
-        {"request_rate": 0.0}, {"request_rate": math.nan}, {"burstiness": -1.0}, {"endpoint": "embeddings"},
-    ],
-)  # fmt: skip
-def test_a_benchmark_that_cannot_be(server, connect, options):
-    error = caught(connect(server).bench, **options)
-    assert type(error) is ConfigurationError
-    assert str(error).startswith(f"{next(iter(options))} must be ")
-    assert server.requests == []
-
-
-def bench_report(**changed):
-    samples = [vllm_provider._Sample(None, 0.0, 0.0125, 0.5, [0.002], [0.002] * 3, 64, 4)]
-    settings = {"max_concurrency": 8, "request_rate": 2.5}
-    return BenchReport({**settings, **vllm_provider._build_bench_result(samples, 2.0), **changed})
-
-
-def test_the_table_of_a_benchmark_is_vllms():
-    rows = str(bench_report()).splitlines()
-    assert (
-        [row.rstrip() for row in rows]
-        == """\
-============ Serving Benchmark Result ============
-Successful requests:                     1
-Failed requests:                         0
-Maximum request concurrency:             8
-Request rate configured (RPS):           2.50
-Benchmark duration (s):                  2.00
-Total input tokens:                      64
-Total generated tokens:                  4
-Request throughput (req/s):              0.50
-Output token throughput (tok/s):         2.00
-Total token throughput (tok/s):          34.00
----------------Time to First Token----------------
-Mean TTFT (ms):                          12.50
-Median TTFT (ms):                        12.50
-P99 TTFT (ms):                           12.50
------Time per Output Token (excl. 1st token)------
-Mean TPOT (ms):                          2.00
-Median TPOT (ms):                        2.00
-P99 TPOT (ms):                           2.00
----------------Inter-token Latency----------------
-Mean ITL (ms):                           2.00
-Median ITL (ms):                         2.00
-P99 ITL (ms):                            2.00
-==================================================""".splitlines()
-    )
-    assert {len(row) for row in rows} == {50, 51}
-
-
-def test_the_table_leaves_out_what_has_no_limit():
-    table = str(bench_report(max_concurrency=None, request_rate="inf"))
-    assert "concurrency" not in table
-    assert "RPS" not in table
-
-
-@pytest.mark.parametrize(
-    ("lag", "ttft", "is_warned"),
-    [(0.9, 1.0, False), (1.1, 10.0, True), (4.0, 100.0, False), (6.0, 100.0, True)],
-)
-def test_a_client_that_is_the_bottleneck(lag, ttft, is_warned):
-    warning = vllm_provider._find_lag({"mean_lag_ms": lag, "median_ttft_ms": ttft})
-    assert bool(warning) == is_warned
-    assert (
-        not is_warned
-        or warning
-        == f"the client is the bottleneck: it sent requests {lag:.1f} ms late, in the mean"
-    )
-
-
 # ---- Pictures ---------------------------------------------------------------
 
 
@@ -12350,7 +12133,7 @@ def test_cli_help_names_every_command_and_explains_every_option(cli):
     code, overview, err = cli("--help")
     assert (code, err) == (0, "")
     commands = re.findall(r"(?m)^    ([a-z][a-z-]+)", overview)
-    assert commands == ["complete", "chat", "score", "run-batch", "bench", "models", "health"]
+    assert commands == ["complete", "chat", "score", "run-batch", "models", "health"]
 
     for command in commands:
         code, out, err = cli(command, "--help")
@@ -12597,7 +12380,7 @@ def test_cli_stdin_that_cannot_be_sent(cli, cli_server, monkeypatch, raw, errors
     assert cli_server.requests == []
 
 
-# ---- Command line: scores, batches, benchmarks ------------------------------
+# ---- Command line: scores and batches ---------------------------------------
 
 
 def test_cli_score(cli, cli_server, tmp_path):
@@ -12679,28 +12462,6 @@ def test_cli_run_batch_arguments(cli, monkeypatch):
         (["http://a", "http://b"], 64, ("in", "-"), options),
         (["http://a", "http://b"], 100, ("in", "-"), options | {"concurrency": 100, "top_k": 1}),
     ]
-
-
-def test_cli_bench(cli, cli_server, tmp_path):
-    argv = ["bench", "--num-prompts", "3", "--random-input-len", "4", "--random-output-len", "2"]
-    argv += ["--max-concurrency", "2", "--ignore-eos", "--seed", "1", "--base-url", cli_server.url]
-    code, out, _ = cli(*argv, "--save-result", str(tmp_path / "result.json"))
-    assert code == 0
-    assert re.search(r"Successful requests: +3\b", out)
-    saved = json.loads((tmp_path / "result.json").read_text())
-    assert (saved["num_prompts"], saved["max_concurrency"], saved["completed"]) == (3, 2, 3)
-
-    code, out, _ = cli(*argv, "--json", "--endpoint", "chat", "--request-rate", "inf")
-    assert (code, json.loads(out).keys()) == (0, saved.keys())
-
-
-def test_cli_bench_fails_when_every_request_fails(cli, monkeypatch):
-    class Report:
-        def to_dict(self) -> dict[str, Any]:
-            return {"completed": 0}
-
-    monkeypatch.setattr(VLLMClient, "bench", lambda _client, **_options: Report())
-    assert cli("bench", "--json", "--base-url", "http://a") == (1, '{"completed": 0}\n', "")
 
 
 # ---- Command line: as JSON --------------------------------------------------
@@ -13228,7 +12989,6 @@ CLI_BAD_PARAMS: Final = {
         pytest.param(["run-batch", "-i", "x"], "run-batch needs -i FILE and ", id="no-target"),
         pytest.param(["score", "x", "--context", "y", "--choice", "z"],
             "the context of the choices is TEXT or --context, not both", id="two-contexts"),
-        pytest.param(["bench", "--num-prompts", "0"], "num_prompts must be ", id="empty-bench"),
     ],
 )  # fmt: skip
 def test_cli_misused(cli, cli_server, argv, said):

@@ -63,7 +63,7 @@ __version__ = "2.0.0"
 __amplifier_module_type__ = "provider"
 # fmt: off
 __all__ = [
-    "AbortError", "AccessDeniedError", "AuthenticationError", "BatchReport", "BenchReport",
+    "AbortError", "AccessDeniedError", "AuthenticationError", "BatchReport",
     "Choice", "Completion", "ConfigurationError", "ContextLengthError", "Delta",
     "InvalidOutputError", "InvalidRequestError", "InvalidToolCallError", "LLMTimeoutError",
     "ModelCard", "NetworkError", "NotFoundError", "ProtocolError", "ProviderUnavailableError",
@@ -3026,26 +3026,6 @@ class VLLMClient:
         """
         return _choose_text(self, choices, context, params)
 
-    def bench(
-        self, *, num_prompts: int = 1000, max_concurrency: int | None = None,
-        request_rate: float = math.inf, burstiness: float = 1.0, random_input_len: int = 1024,
-        random_output_len: int = 128, ignore_eos: bool = False, endpoint: str = "completions",
-        seed: int = 0, progress: bool = False,
-    ) -> "BenchReport":  # fmt: skip
-        """Return a benchmark of the server, with the figures of `vllm bench serve`.
-
-        `max_concurrency`: requests at once, None for no limit. `request_rate`: requests a second;
-        their gaps have a gamma distribution of shape `burstiness` (1: a Poisson process).
-        `endpoint`: "completions" or "chat". Nothing is retried. Raises the error of the first call,
-        which is not counted.
-        """
-        return _measure_server(
-            self.config, num_prompts=num_prompts, max_concurrency=max_concurrency,
-            request_rate=request_rate, burstiness=burstiness, random_input_len=random_input_len,
-            random_output_len=random_output_len, ignore_eos=ignore_eos, endpoint=endpoint,
-            seed=seed, progress=progress,
-        )  # fmt: skip
-
     # Everything else a server offers.
 
     def get(self, path: str, **limits: Unpack[_CallParams]) -> Any:
@@ -3690,7 +3670,7 @@ class Stream(Iterator[Delta]):
 # ---- Many calls -------------------------------------------------------------
 #
 # One engine: worker threads take items from an iterator, and one consumer reads the outcomes. map()
-# yields them in the order of the items; run_batch() and bench() take them as they come.
+# yields them in the order of the items; run_batch() takes them as they come.
 
 RESULTS_PER_WORKER: Final = 16  # finished results that may wait for the consumer, times concurrency
 STOP_S: Final = 0.5  # how long a stop waits for the threads: a function that makes no call goes on
@@ -4465,293 +4445,6 @@ def _choose_text(
     total = math.fsum(weights)
     pairs = zip(scores, weights, strict=True)
     return [replace(score, probability=weight / total) for score, weight in pairs]
-
-
-# ---- Many calls: benchmark --------------------------------------------------
-#
-# The formulas, labels and result keys of `vllm bench serve`.
-
-LAG_WARNING: Final = (1.0, 0.05)  # milliseconds, and share of the TTFT
-BENCH_ENDPOINTS: Final = {  # path, vLLM's name, the parameter that limits a reply
-    "completions": (COMPLETIONS_PATH, "openai", "max_tokens"),
-    "chat": (CHAT_PATH, "openai-chat", "max_completion_tokens"),
-}
-BENCH_METRICS: Final = {
-    "ttft": "Time to First Token",
-    "tpot": "Time per Output Token (excl. 1st token)",
-    "itl": "Inter-token Latency",
-}
-BENCH_LABELS: Final = {
-    "completed": "Successful requests",
-    "failed": "Failed requests",
-    "max_concurrency": "Maximum request concurrency",
-    "request_rate": "Request rate configured (RPS)",
-    "duration": "Benchmark duration (s)",
-    "total_input_tokens": "Total input tokens",
-    "total_output_tokens": "Total generated tokens",
-    "request_throughput": "Request throughput (req/s)",
-    "output_throughput": "Output token throughput (tok/s)",
-    "total_token_throughput": "Total token throughput (tok/s)",
-}
-
-
-@dataclass(frozen=True, slots=True)
-class BenchReport:
-    """What bench() measured; print it for vLLM's table. `warning`: why not to trust it, or "".
-
-    `result` has the keys of vLLM's result file, {mean,median,std,p99}_{ttft,tpot,itl,e2el}_ms among
-    them, and as `lag` how late requests were sent. `first_error`: the first failure's message.
-    """
-
-    result: Mapping[str, Any]
-    warning: str = ""
-    first_error: str | None = None
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the result under the keys of vLLM's result file."""
-        return dict(self.result)
-
-    def __str__(self) -> str:
-        lines = [f"{' Serving Benchmark Result ':=^50}"]
-        for key, label in BENCH_LABELS.items():
-            if self.result[key] not in (None, "inf"):
-                lines.append(_to_table_row(label, self.result[key]))
-
-        for name, title in BENCH_METRICS.items():
-            lines.append(f"{title:-^50}")
-            for statistic in ("mean", "median", "p99"):
-                label = f"{statistic.capitalize()} {name.upper()} (ms)"
-                lines.append(_to_table_row(label, self.result[f"{statistic}_{name}_ms"]))
-
-        lines.append("=" * 50)
-        if self.warning:
-            lines.append(f"Warning: {self.warning}")
-        if self.first_error is not None:
-            lines.append(f"First error: {self.first_error}")
-        return "\n".join(lines)
-
-
-def _to_table_row(label: str, value: float) -> str:
-    shown = f"{value:.2f}" if isinstance(value, float) else f"{value}"
-    return f"{label + ':':<40} {shown:<10}"
-
-
-class _Sample(NamedTuple):
-    """One request of a benchmark, in seconds.
-
-    `tpots_s`: the mean time of a later token, if there is one. `itls_s`: the gaps between events.
-    """
-
-    error: VLLMError | None
-    lag_s: float = 0.0
-    ttft_s: float = 0.0
-    e2el_s: float = 0.0
-    tpots_s: Sequence[float] = ()
-    itls_s: Sequence[float] = ()
-    input_tokens: int = 0
-    output_tokens: int = 0
-
-
-def _build_bench_result(samples: Sequence[_Sample], duration_s: float) -> dict[str, Any]:
-    """Return the measured part of a result; a request that failed counts in the duration alone."""
-    good = [sample for sample in samples if sample.error is None]
-    inputs = sum(sample.input_tokens for sample in good)
-    outputs = sum(sample.output_tokens for sample in good)
-    result: dict[str, Any] = {
-        "duration": duration_s,
-        "completed": len(good),
-        "failed": len(samples) - len(good),
-        "total_input_tokens": inputs,
-        "total_output_tokens": outputs,
-        "request_throughput": len(good) / duration_s,
-        "output_throughput": outputs / duration_s,
-        "total_token_throughput": (inputs + outputs) / duration_s,
-    }
-    for name in ("ttft", "e2el", "lag"):
-        result |= _describe(name, (getattr(sample, f"{name}_s") for sample in good))
-    for name in ("tpot", "itl"):
-        lists = (getattr(sample, f"{name}s_s") for sample in good)
-        result |= _describe(name, itertools.chain.from_iterable(lists))
-    return result
-
-
-def _describe(name: str, seconds: Iterable[float]) -> dict[str, float]:
-    """Return a metric's statistics in milliseconds, zeros without a value.
-
-    >>> _describe("itl", [0.002, 0.001, 0.006, 0.003])["median_itl_ms"]
-    2.5
-    """
-    values = [1000.0 * value for value in sorted(seconds)] or [0.0]
-    mean = math.fsum(values) / len(values)
-    variance = math.fsum((value - mean) ** 2 for value in values) / len(values)
-    return {
-        f"mean_{name}_ms": mean,
-        f"median_{name}_ms": _percentile(values, 0.5),
-        f"std_{name}_ms": math.sqrt(variance),
-        f"p99_{name}_ms": _percentile(values, 0.99),
-    }
-
-
-def _percentile(values: Sequence[float], share: float) -> float:
-    """Return a percentile of sorted values, interpolated linearly as numpy does."""
-    position = (len(values) - 1) * share
-    below = math.floor(position)
-    above = math.ceil(position)
-    return values[below] + (values[above] - values[below]) * (position - below)
-
-
-def _find_arrivals(count: int, rate: float, burstiness: float, rng: random.Random) -> list[float]:
-    """Return when each request is due, in seconds; the gaps have a gamma distribution."""
-    if rate == math.inf:
-        return [0.0] * count
-    gaps = (rng.gammavariate(burstiness, 1.0 / (rate * burstiness)) for _ in range(count))
-    arrivals = list(itertools.accumulate(gaps))
-    scale = count / rate / arrivals[-1]
-    return [arrival * scale for arrival in arrivals]
-
-
-class _Bench:
-    """A benchmark while it runs: all its requests have the same path and parameters."""
-
-    def __init__(self, client: VLLMClient, path: str, params: Mapping[str, Any]) -> None:
-        self._client = client
-        self._path = path
-        self._params = params
-        self._limits = _read_limits(client.config, {})
-        self._worker = threading.local()  # `free_at`: when a thread's last request ended
-        self._started_at = 0.0
-
-    def make_prompts(self, count: int, length: int, rng: random.Random) -> list[Any]:
-        """Return prompts of random tokens of the model: ids, or for chat their text."""
-        pairs = map("".join, itertools.product("abcdefghijklmnopqrstuvwxyz", repeat=2))
-        ids = sorted(set(self._client.tokenize(" ".join(pairs), add_special_tokens=False)))
-        prompts = [rng.choices(ids, k=length) for _ in range(count)]
-        if self._path == COMPLETIONS_PATH:
-            return prompts
-        return list(_map_in_threads(self._client.detokenize, prompts, SCORES_AT_ONCE))
-
-    def run(
-        self, prompts: Sequence[Any], arrivals: Sequence[float], places: int, *, progress: bool
-    ) -> tuple[list[_Sample], float]:
-        """Return a sample of each request, and the seconds that all took together."""
-        self._started_at = time.perf_counter()
-        samples = _map_in_threads(
-            self.measure, self._wait_for_arrivals(prompts, arrivals), places,
-            is_ordered=False, progress=progress, total=len(prompts),
-        )  # fmt: skip
-        return list(samples), time.perf_counter() - self._started_at
-
-    def measure(self, item: tuple[Any, float]) -> _Sample:
-        """Return the times of one request, for a prompt and the time it is due."""
-        prompt, due_at = item
-        ready_at = max(due_at, getattr(self._worker, "free_at", self._started_at))
-        build = build_chat_request if self._path == CHAT_PATH else build_completion_request
-        body = build(self._client.config, prompt, **self._params)
-        stream = self._client._open(self._path, body, limits=self._limits)
-        times: list[float] = []
-        sent_at = time.perf_counter()
-        try:
-            for _ in stream:
-                times.append(time.perf_counter())  # noqa: PERF401  # this loop is what is measured
-        except AbortError:
-            raise  # pragma: no cover  # another thread closes the client
-        except VLLMError as error:
-            return _Sample(error)
-        finally:
-            self._worker.free_at = time.perf_counter()
-
-        return _to_sample(sent_at - ready_at, sent_at, times, stream.completion.usage)
-
-    def _wait_for_arrivals(
-        self, prompts: Sequence[Any], arrivals: Sequence[float]
-    ) -> Iterator[tuple[Any, float]]:
-        for prompt, arrival in zip(prompts, arrivals, strict=True):
-            due_at = self._started_at + arrival
-            time.sleep(max(0.0, due_at - time.perf_counter()))
-            yield prompt, due_at
-
-
-def _to_sample(
-    lag_s: float, sent_at: float, times: Sequence[float], usage: Usage | None
-) -> _Sample:
-    """Return the sample of a reply whose events with tokens came at `times`."""
-    if not times or usage is None:
-        return _Sample(ProtocolError("a reply has no token or no usage; is it vLLM?"))
-    gaps = [after - before for before, after in itertools.pairwise(times)]
-    decoding_s = times[-1] - times[0]
-    later_tokens = usage.output_tokens - 1
-    tpots = [decoding_s / later_tokens] if later_tokens > 0 else []
-    return _Sample(
-        None, lag_s, times[0] - sent_at, times[-1] - sent_at,
-        tpots, gaps, usage.input_tokens, usage.output_tokens,
-    )  # fmt: skip
-
-
-def _measure_server(config: VLLMConfig, *, progress: bool, **settings: Any) -> BenchReport:
-    """Return the report of VLLMClient.bench()."""
-    _check_bench(settings)
-    path, backend, _ = BENCH_ENDPOINTS[settings["endpoint"]]
-    count = settings["num_prompts"]
-    rate = settings["request_rate"]
-    places = min(count, settings["max_concurrency"] or count)
-    rng = random.Random(settings["seed"])
-    arrivals = _find_arrivals(count, rate, settings["burstiness"], rng)
-
-    with VLLMClient(replace(config, max_concurrency=places, max_retries=0)) as client:
-        bench = _Bench(client, path, _build_bench_params(settings))
-        prompts = bench.make_prompts(count, settings["random_input_len"], rng)
-        first = bench.measure((prompts[0], 0.0))  # not counted: it finds the model's name
-        if first.error is not None:
-            raise first.error
-        model = config.default_model or client.models()[0].id
-        samples, duration_s = bench.run(prompts, arrivals, places, progress=progress)
-
-    result = {
-        "date": time.strftime("%Y%m%d-%H%M%S"),
-        "endpoint_type": backend,
-        "backend": backend,
-        "label": None,
-        "model_id": model,
-        "tokenizer_id": model,
-        "num_prompts": count,
-        "request_rate": "inf" if rate == math.inf else float(rate),
-        "burstiness": float(settings["burstiness"]),
-        "max_concurrency": settings["max_concurrency"],
-        **_build_bench_result(samples, duration_s),
-    }
-    errors = (str(sample.error) for sample in samples if sample.error is not None)
-    return BenchReport(result, _find_lag(result), next(errors, None))
-
-
-def _check_bench(settings: Mapping[str, Any]) -> None:
-    for name in ("num_prompts", "max_concurrency", "random_input_len", "random_output_len"):
-        _read_count(name, settings[name])
-    for name in ("request_rate", "burstiness"):
-        if not settings[name] > 0:
-            raise ConfigurationError(f"{name} must be a positive number, got {settings[name]!r}")
-    endpoint = settings["endpoint"]
-    if endpoint not in BENCH_ENDPOINTS:
-        raise ConfigurationError(f"endpoint must be 'completions' or 'chat', got {endpoint!r}")
-
-
-def _build_bench_params(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return vLLM's parameters, and one more: with token ids, events without text count too."""
-    max_tokens = BENCH_ENDPOINTS[settings["endpoint"]][2]
-    params = {max_tokens: settings["random_output_len"], "return_token_ids": True}
-    if settings["endpoint"] == "completions":
-        params["repetition_penalty"] = 1.0
-    if settings["ignore_eos"]:
-        params["ignore_eos"] = True
-    return params
-
-
-def _find_lag(result: Mapping[str, Any]) -> str:
-    """Return a warning where requests were sent so late that the client distorts the result."""
-    lag = result["mean_lag_ms"]
-    milliseconds, share = LAG_WARNING
-    if lag <= max(milliseconds, share * result["median_ttft_ms"]):
-        return ""
-    return f"the client is the bottleneck: it sent requests {lag:.1f} ms late, in the mean"
 
 
 # ---- Pictures ---------------------------------------------------------------
@@ -6083,7 +5776,7 @@ def _connect(options: _Arguments) -> list[VLLMClient]:
     """Return a client for each --base-url. Only run-batch uses more than the last."""
     names = ["api_key", "timeout"]
     settings = {"default_model": options.get("model")}
-    settings["max_concurrency"] = options.get("max_inflight", options.get("max_concurrency"))
+    settings["max_concurrency"] = options.get("max_inflight")
     if options["command"] in ("complete", "chat"):
         names += ["max_tokens", "temperature", "top_p", "seed", "stop", "logprobs"]
         settings["logprobs"] = HTML_LOGPROBS if "html" in options else None
@@ -6313,21 +6006,6 @@ def _run_batch(clients: Sequence[VLLMClient], options: _Arguments) -> int:
     )  # fmt: skip
     _complain(str(report))
     return EXIT_FAILED if report.failed else 0
-
-
-def _run_bench(clients: Sequence[VLLMClient], options: _Arguments) -> int:
-    names = [name[2:].replace("-", "_") for name in _BENCH_OPTIONS.split()]
-    settings = {name: options[name] for name in names if name in options}
-    report = clients[0].bench(progress=True, **settings)
-    result = report.to_dict()
-    if "save_result" in options:
-        _write_file(options["save_result"], json.dumps(result))
-
-    if "json" in options:
-        _print_json(result)
-    else:
-        print(report)
-    return 0 if result["completed"] else EXIT_FAILED
 
 
 def _run_models(clients: Sequence[VLLMClient], options: _Arguments) -> int:
@@ -6610,17 +6288,12 @@ _PROMPT_OPTIONS: Final = (
     "--system --max-tokens --temperature --top-p --seed --stop --logprobs --param"
     " --no-stream --stats --json --html"
 )
-_BENCH_OPTIONS: Final = (
-    "--num-prompts --max-concurrency --request-rate --burstiness --random-input-len"
-    " --random-output-len --ignore-eos --endpoint --seed"
-)
 _BATCH_OPTIONS: Final = "--input-file --output-file --max-inflight --param"
 _COMMANDS: Final = {
     "complete": _Command(_run_prompt, "continue a text", f"--chat-template {_PROMPT_OPTIONS}"),
     "chat": _Command(_run_prompt, "answer a text; without one, converse", _PROMPT_OPTIONS),
     "score": _Command(_run_score, "score a text", "--context --choice --json --html"),
     "run-batch": _Command(_run_batch, "send the requests of a file", _BATCH_OPTIONS),
-    "bench": _Command(_run_bench, "measure speed", f"{_BENCH_OPTIONS} --json --save-result"),
     "models": _Command(_run_models, "list the models served", "--json"),
     "health": _Command(_run_health, "exit with 0 if the server is healthy", "--wait"),
 }
@@ -6649,15 +6322,6 @@ _CLI_OPTIONS: Final = {
         ("-i/--input-file", "FILE", "a JSON request a line; - is standard input"),
         ("-o/--output-file", "FILE", "the results; what it has already is not sent again"),
         ("--max-inflight", "N", "requests at once (default: 64)"),
-        ("--num-prompts", "N", "default: 1000"),
-        ("--max-concurrency", "N", "requests at once (default: no limit)"),
-        ("--request-rate", "X", "requests/s (default: inf, all at once)"),
-        ("--burstiness", "X", "1: Poisson (default); lower: bursts; higher: more even"),
-        ("--random-input-len", "N", "tokens of a prompt (default: 1024)"),
-        ("--random-output-len", "N", "tokens of a reply (default: 128)"),
-        ("--ignore-eos", "", "generate all tokens, whatever the model says"),
-        ("--endpoint", "NAME", "completions (default) or chat"),
-        ("--save-result", "FILE", "write the result as JSON with vLLM's keys"),
         ("--wait", "X", "seconds to wait for a server that is starting"),
     )
 }
