@@ -7865,7 +7865,7 @@ def test_a_line_that_breaks_the_connection_fails_alone(server, connect, tmp_path
     monkeypatch.setattr(vllm_provider, "SERVER_PAUSE_S", (0.01, 0.02))
 
     def answer(connection):
-        if connection.request.body["prompt"] == "poison":
+        if (connection.request.body or {}).get("prompt") == "poison":
             connection.close()
         else:
             server.answer(connection)
@@ -7876,6 +7876,24 @@ def test_a_line_that_breaks_the_connection_fails_alone(server, connect, tmp_path
     report = batch.run(connect(server, max_retries=0), concurrency=2)
     assert counts(report) == (31, 30, 1, 0)
     assert report.first_error.startswith("line 4: closed before a reply")
+
+
+def test_a_line_that_breaks_the_connection_fails_also_when_it_is_alone(
+    server, connect, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(vllm_provider, "SERVER_PAUSE_S", (0.01, 0.02))
+    batch = Batch(tmp_path, batch_line("bad"))
+    hidden = reply(404, {"detail": "Not Found"})  # so says a gateway, and it is there
+
+    def answer(connection):
+        if connection.request.path == "/health":
+            connection.send(hidden)
+        else:
+            connection.close()
+
+    server.script(*[answer] * 99)
+    assert counts(batch.run(connect(server, max_retries=0))) == (1, 0, 1, 0)
+    assert len(server.requests) < 10
 
 
 def test_a_server_that_never_answered_ends_a_batch(connect, tmp_path):

@@ -46,7 +46,6 @@ from collections.abc import (
     Awaitable, Callable, Generator, Iterable, Iterator, Mapping, Sequence, Sized,
 )  # fmt: skip
 from contextlib import ExitStack, closing, contextmanager, suppress
-from contextvars import copy_context
 from dataclasses import KW_ONLY, MISSING, Field, dataclass, field, fields, replace
 from datetime import UTC, datetime
 from types import MappingProxyType
@@ -63,14 +62,14 @@ __version__ = "2.0.0"
 __amplifier_module_type__ = "provider"
 # fmt: off
 __all__ = [
-    "AbortError", "AccessDeniedError", "AuthenticationError", "BatchReport",
-    "Choice", "Completion", "ConfigurationError", "ContextLengthError", "Delta",
-    "InvalidOutputError", "InvalidRequestError", "InvalidToolCallError", "LLMTimeoutError",
-    "ModelCard", "NetworkError", "NotFoundError", "ProtocolError", "ProviderUnavailableError",
-    "RateLimitError", "Score", "StatusError", "Stream", "StreamError", "TokenLogprob",
-    "ToolCall", "Usage", "VLLMClient", "VLLMConfig", "VLLMError", "VLLMProvider",
-    "build_chat_request", "build_completion_request", "main", "mount", "on_session_ready",
-    "parse_chat_response", "parse_completion_response", "request_options", "to_html",
+    "AbortError", "AccessDeniedError", "AuthenticationError", "BatchReport", "Choice",
+    "Completion", "ConfigurationError", "ContextLengthError", "Delta", "InvalidOutputError",
+    "InvalidRequestError", "InvalidToolCallError", "LLMTimeoutError", "ModelCard", "NetworkError",
+    "NotFoundError", "ProtocolError", "ProviderUnavailableError", "RateLimitError", "Score",
+    "StatusError", "Stream", "StreamError", "TokenLogprob", "ToolCall", "Usage", "VLLMClient",
+    "VLLMConfig", "VLLMError", "VLLMProvider", "build_chat_request", "build_completion_request",
+    "main", "mount", "on_session_ready", "parse_chat_response", "parse_completion_response",
+    "request_options", "to_html",
 ]
 # fmt: on
 
@@ -121,10 +120,9 @@ BASE_URL_ADVICE: Final = "is base_url the server's root, and is it vLLM? (curl B
 def _require_version(module: Any, minimum: str) -> None:
     found = re.findall(r"\d+", module.__version__)
     if list(map(int, found)) < list(map(int, minimum.split("."))):
-        name = module.__name__
         raise ImportError(
-            f"vllm_provider needs {name} {minimum} or newer, got {module.__version__};"
-            f" pip install -U {name}"
+            f"vllm_provider needs {module.__name__} {minimum} or newer, got {module.__version__};"
+            f" pip install -U {module.__name__}"
         )
 
 
@@ -186,10 +184,7 @@ class NetworkError(VLLMError):
 
 
 class LLMTimeoutError(VLLMError):
-    """`timeout`, `stream_idle_timeout`, `connect_timeout` or `deadline` ran out.
-
-    The server was stopped.
-    """
+    """`timeout`, `stream_idle_timeout`, `connect_timeout` or `deadline`; the server was stopped."""
 
     _retryable = True
 
@@ -245,11 +240,7 @@ class InvalidRequestError(StatusError):
 
 
 class ContextLengthError(StatusError):
-    """The prompt does not fit the model.
-
-    `limit`: the model's context length, `input_tokens`: the prompt's; each None where the server
-    did not say.
-    """
+    """The prompt does not fit: it has `input_tokens`, the model `limit`; None where unknown."""
 
     limit: int | None = None
     input_tokens: int | None = None
@@ -268,13 +259,9 @@ class ProviderUnavailableError(StatusError):
 
 
 _STATUS_ERRORS: Final[Mapping[int, type[StatusError]]] = {
-    400: InvalidRequestError,
-    401: AuthenticationError,
-    403: AccessDeniedError,
-    404: NotFoundError,
-    422: InvalidRequestError,
-    429: RateLimitError,
-}
+    400: InvalidRequestError, 401: AuthenticationError, 403: AccessDeniedError,
+    404: NotFoundError, 422: InvalidRequestError, 429: RateLimitError,
+}  # fmt: skip
 
 # ---- Values: configuration --------------------------------------------------
 
@@ -287,10 +274,7 @@ _FLAGS: Final = {
 _PROMPT_FORMATS: Final = {"auto": "auto", "chat_template": "chat_template", "raw": "raw"}
 _HEADER_NAME: Final = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")  # RFC 9110, token
 _ROOT_URL: Final = re.compile(r"(?i)https?://[^\s\x00-\x1f\x7f?#/.:][^\s\x00-\x1f\x7f?#]*")
-_ALIASES: Final[Mapping[str, str]] = {  # Amplifier's other names for settings
-    "extra_request_params": "extra_body",
-    "reasoning": "reasoning_effort",
-}
+_ALIASES: Final = {"extra_request_params": "extra_body", "reasoning": "reasoning_effort"}
 
 
 def _check(expected: str, convert: Callable[[Any], Any]) -> _Check:
@@ -308,7 +292,7 @@ def _to_flag(value: Any) -> bool:
 
 
 def _to_number(
-    value: Any, minimum: float = -sys.float_info.max, maximum: float = sys.float_info.max
+    value: Any, minimum: float = -sys.float_info.max, maximum: float = math.inf
 ) -> float:
     number = float(value)
     if isinstance(value, bool | bytes) or not minimum <= number <= maximum:  # never true of NaN
@@ -316,21 +300,16 @@ def _to_number(
     return number
 
 
-def _to_int(value: Any, minimum: float = -sys.float_info.max) -> int:
+def _to_int(value: Any, minimum: float = -math.inf) -> int:
     """Return an integer, also of "42", 42.0 and "4e3"."""
     number = _to_number(value, minimum)
-    try:
-        return int(str(value))  # exact, where a float has 53 bits
-    except ValueError:
-        if number.is_integer():
-            return int(number)
-        raise
+    if number.is_integer() and not str(value).strip().lstrip("+-").isdecimal():
+        return int(number)
+    return int(str(value))  # exact, where a float has 53 bits
 
 
 def _to_strings(value: Any) -> str | list[str]:
-    if isinstance(value, str):
-        return value
-    return list(map(str.__str__, value))
+    return value if isinstance(value, str) else list(map(str.__str__, value))
 
 
 def _to_logprobs(value: Any) -> int | bool:
@@ -353,13 +332,9 @@ def _to_verify(value: Any) -> bool | str:
 
 _text = _check("a string", str.__str__)
 _flag = _check("true or false", _to_flag)
-_number = _check("a number", _to_number)
-_seconds = _check(
-    "a positive number of seconds", lambda value: _to_number(value, math.ulp(0.0), math.inf)
-)
-_wait_seconds = _check(
-    "a number of seconds of at least 0", lambda value: _to_number(value, 0.0, math.inf)
-)
+_number = _check("a number", lambda value: _to_number(value, maximum=sys.float_info.max))
+_seconds = _check("a positive number of seconds", lambda value: _to_number(value, math.ulp(0.0)))
+_wait_seconds = _check("a number of seconds of at least 0", lambda value: _to_number(value, 0.0))
 _integer = _check("an integer", _to_int)
 _count = _check("an integer of at least 1", lambda value: _to_int(value, 1))
 _count_or_zero = _check("an integer of at least 0", lambda value: _to_int(value, 0))
@@ -373,7 +348,6 @@ def _mapping(key: str, value: object) -> dict[str, Any]:
     """Return a dict; the error does not quote the values, which may be secrets."""
     if not isinstance(value, Mapping):
         raise ConfigurationError(f"{key} must be a mapping, got a {type(value).__name__}")
-
     for name in value:
         if not isinstance(name, str):
             raise ConfigurationError(f"{key} must have strings as keys, got {name!r}")
@@ -494,7 +468,6 @@ class VLLMConfig:
             value = getattr(self, spec.name)
             if not _is_given(value):
                 value = os.environ.get(spec.metadata.get("env", ""))
-
             if _is_given(value):
                 value = spec.metadata["check"](spec.name, value)
             else:
@@ -575,56 +548,33 @@ class _CallParams(TypedDict, total=False):
     deadline: float | None
 
 
-class _CommonParams(_CallParams, total=False):
-    extra_body: Mapping[str, Any] | None
-    model: str | None
-    max_tokens: int | None
-    temperature: float | None
-    top_p: float | None
-    top_k: int | None
-    min_p: float | None
-    repetition_penalty: float | None
-    presence_penalty: float | None
-    frequency_penalty: float | None
-    seed: int | None
-    n: int | None
-    best_of: int | None
-    stop: str | list[str] | None
-    stop_token_ids: list[int] | None
-    include_stop_str_in_output: bool | None
-    ignore_eos: bool | None
-    min_tokens: int | None
-    logprobs: int | bool | None
-    prompt_logprobs: int | None
-    logprob_token_ids: list[int] | None
-    return_tokens_as_token_ids: bool | None
-    return_token_ids: bool | None
-    echo: bool | None
-    skip_special_tokens: bool | None
-    spaces_between_special_tokens: bool | None
-    add_special_tokens: bool | None
-    truncate_prompt_tokens: int | None
-    truncation_side: str | None
-    logit_bias: Mapping[str, float] | None
-    allowed_token_ids: list[int] | None
-    bad_words: list[str] | None
-    use_beam_search: bool | None
-    length_penalty: float | None
-    stream_options: Mapping[str, Any] | None
-    stream_interval: int | None
-    response_format: Any
-    structured_outputs: Mapping[str, Any] | None
-    thinking_token_budget: int | None
-    priority: int | None
-    request_id: str | None
-    session_id: str | None
-    cache_salt: str | None
-    user: str | None
-    kv_transfer_params: Mapping[str, Any] | None
-    ec_transfer_params: Mapping[str, Any] | None
-    vllm_xargs: Mapping[str, Any] | None
-    repetition_detection: Mapping[str, Any] | None
-    watermarking: bool | None
+# fmt: off
+_GenerationParams = TypedDict("_GenerationParams", {  # noqa: UP013  # several to a line
+    "extra_body": Mapping[str, Any] | None,
+    "model": str | None, "user": str | None, "request_id": str | None, "session_id": str | None,
+    "max_tokens": int | None, "min_tokens": int | None, "n": int | None, "best_of": int | None,
+    "temperature": float | None, "top_p": float | None, "top_k": int | None, "min_p": float | None,
+    "repetition_penalty": float | None, "presence_penalty": float | None,
+    "frequency_penalty": float | None, "length_penalty": float | None, "seed": int | None,
+    "stop": str | list[str] | None, "stop_token_ids": list[int] | None, "ignore_eos": bool | None,
+    "include_stop_str_in_output": bool | None, "bad_words": list[str] | None,
+    "logprobs": int | bool | None, "prompt_logprobs": int | None, "echo": bool | None,
+    "logprob_token_ids": list[int] | None, "return_tokens_as_token_ids": bool | None,
+    "return_token_ids": bool | None, "logit_bias": Mapping[str, float] | None,
+    "skip_special_tokens": bool | None, "spaces_between_special_tokens": bool | None,
+    "add_special_tokens": bool | None, "allowed_token_ids": list[int] | None,
+    "truncate_prompt_tokens": int | None, "truncation_side": str | None,
+    "use_beam_search": bool | None, "thinking_token_budget": int | None,
+    "stream_options": Mapping[str, Any] | None, "stream_interval": int | None,
+    "response_format": Any, "structured_outputs": Mapping[str, Any] | None,
+    "priority": int | None, "cache_salt": str | None, "watermarking": bool | None,
+    "kv_transfer_params": Mapping[str, Any] | None, "ec_transfer_params": Mapping[str, Any] | None,
+    "vllm_xargs": Mapping[str, Any] | None, "repetition_detection": Mapping[str, Any] | None,
+}, total=False)
+# fmt: on
+
+
+class _CommonParams(_CallParams, _GenerationParams, total=False): ...
 
 
 class _CompletionParams(_CommonParams, total=False):
@@ -1148,18 +1098,22 @@ class _Clock:
     def __init__(self, limits: _Limits, now: float, deadline_at: float) -> None:
         self._limits = limits
         self._deadline_at = deadline_at
-        self._phase_ends_at = now + limits.timeout
-        self._has_new_line = False
         self.limit = "timeout"
-        self.due_at = min(self._phase_ends_at, deadline_at)
+        self.allow(now, limits.timeout)
+
+    def allow(self, now: float, seconds: float) -> None:
+        """Allow so many seconds from now on, whatever was left before."""
+        self._has_new_line = False
+        self._phase_ends_at = now + seconds
+        self.due_at = min(self._phase_ends_at, self._deadline_at)
 
     def begin_wait(self, now: float) -> None:
         """Count from now on: the client waits for the server."""
         if self._has_new_line:
-            self._has_new_line = False
             self.limit = "stream_idle_timeout"
-            self._phase_ends_at = now + self._limits.stream_idle_timeout
-        self.due_at = min(self._phase_ends_at, self._deadline_at)
+            self.allow(now, self._limits.stream_idle_timeout)
+        else:
+            self.due_at = min(self._phase_ends_at, self._deadline_at)
 
     def end_wait(self) -> None:
         """Count for the deadline alone: the client has received something."""
@@ -1168,12 +1122,6 @@ class _Clock:
     def note_line(self) -> None:
         """Start the idle timeout anew at the next wait: a complete line has arrived."""
         self._has_new_line = True
-
-    def allow(self, now: float, seconds: float) -> None:
-        """Allow so many seconds from now on, whatever was left before."""
-        self._has_new_line = False
-        self._phase_ends_at = now + seconds
-        self.due_at = min(self._phase_ends_at, self._deadline_at)
 
 
 class _CallGroup:
@@ -1253,6 +1201,7 @@ class _Call:
         if self.attempt is not None:
             self.attempt.release()
         self.attempt = attempt
+        self.check()
 
     def stop(self) -> None:
         """Shut the socket in both directions, at once, from any thread or signal handler."""
@@ -1288,20 +1237,19 @@ class _Call:
 
 
 class _Attempt:
-    """One request of a call: its clock, its connection, and what has happened. Never used again.
+    """One request of a call: its clock, its connection, its reply. Never used again.
 
-    `is_fresh`: only a new connection will do. `connected`: it has a socket. `reused`: that socket
-    served another request before. `received`: a byte of the reply has arrived. `expired`: its time
-    was up, and the socket was shut.
+    `connected`: it has a socket. `reused`: that socket served another request before. `received`: a
+    byte of the reply has arrived. `expired`: its time was up, and the socket was shut.
     """
 
-    def __init__(self, call: _Call, watch: "_Watch", facts: _RequestFacts, is_fresh: bool) -> None:
+    response: requests.Response  # once its headers have arrived
+    reply: Any = None  # the same, of http.client
+
+    def __init__(self, call: _Call, watch: "_Watch", facts: _RequestFacts) -> None:
         self.call = call
         self.watch = watch
         self.facts = facts
-        self.where = facts.where
-        self.is_fresh = is_fresh
-        self.response: requests.Response  # once its headers have arrived
         self.connected = False
         self.reused = False
         self.received = False
@@ -1314,11 +1262,6 @@ class _Attempt:
     def allow(self, seconds: float) -> None:
         """Allow so many seconds from now on, up to the deadline."""
         self.clock.allow(time.monotonic(), seconds)
-        self.watch.notify(self.clock.due_at)
-
-    def begin_wait(self) -> None:
-        """Wait for the server from now on."""
-        self.clock.begin_wait(time.monotonic())
         self.watch.notify(self.clock.due_at)
 
     def time_left_s(self) -> float:
@@ -1369,11 +1312,41 @@ class _Attempt:
                 self.expired = True
                 self.shut()
 
+    def read_piece(self) -> bytes:
+        """Return the bytes of the reply that arrive next, b"" at its end.
+
+        They come from http.client: urllib3's layer above it takes half the CPU of a token.
+        """
+        outer = sys.exception()
+        self.clock.begin_wait(time.monotonic())
+        self.watch.notify(self.clock.due_at)
+        try:
+            piece: bytes = self.reply.read1(READ_BYTES)
+        except _IO_ERRORS as error:
+            cause = _root_cause(error, outer)
+            self._check_end(cause)
+            reason = _reason(cause)
+            if not isinstance(cause, OSError):  # in the framing of a chunk
+                reason = "the connection was closed; look at the server's log"
+            raise StreamError(f"the reply broke off: {self.facts.where}: {reason}") from cause
+
+        self.clock.end_wait()
+        if not piece:
+            self._check_end(None)
+        return piece
+
+    def _check_end(self, error: BaseException | None) -> None:
+        """Raise what ended the reply, if that was the caller, a signal handler or the clock."""
+        self.call.check()
+        if error is not None and _is_from_signal_handler(error):
+            raise error
+        if self.expired:
+            raise self.timeout_error() from error
+
     def timeout_error(self) -> LLMTimeoutError:
         """Return the error for the limit that ran out."""
         limits = self.call.limits
         is_final = self.call.time_left_s() <= 0
-
         if is_final:
             happened = f"deadline of {limits.deadline:g} s reached"
             advice = "give the call more time"
@@ -1386,7 +1359,8 @@ class _Attempt:
         else:
             happened = f"no data for {limits.stream_idle_timeout:g} s in the middle of a reply"
             advice = "raise stream_idle_timeout, or see if a proxy buffers"
-        return LLMTimeoutError(f"{happened}: {self.where}; {advice}", retryable=not is_final)
+        message = f"{happened}: {self.facts.where}; {advice}"
+        return LLMTimeoutError(message, retryable=not is_final)
 
 
 class _Watch:
@@ -1477,8 +1451,10 @@ class _Response(http.client.HTTPResponse):
     """A reply that passes over informational ones; http.client knows 100 alone (RFC 9110, 15.2)."""
 
     def begin(self) -> None:
+        attempt = _CURRENT_ATTEMPT.get()
+        attempt.reply = self
         if self.headers is None and self.fp.peek(1):
-            _CURRENT_ATTEMPT.get().received = True
+            attempt.received = True
         super().begin()
 
         while 100 <= self.status < 200:
@@ -1497,8 +1473,6 @@ class _Connection(urllib3.connection.HTTPConnection):
     @property
     def is_connected(self) -> bool:
         """Return whether urllib3 may use this pooled connection again; if not, it reconnects."""
-        if _CURRENT_ATTEMPT.get().is_fresh:
-            return False  # pragma: no cover  # another thread has just returned it
         return time.monotonic() - self.used_at < IDLE_REUSE_S and super().is_connected
 
     def connect(self) -> None:
@@ -1565,9 +1539,10 @@ class _Network:
         }
         if config.api_key != "EMPTY":
             headers["Authorization"] = f"Bearer {config.api_key}"
-        headers |= config.default_headers
         # Not Session.prepare_request(): it puts a .netrc entry in the place of our key.
-        self.template = requests.Request("POST", url, headers).prepare()
+        self.template = requests.Request(
+            "POST", url, {**headers, **config.default_headers}
+        ).prepare()
 
 
 class _Transport:
@@ -1580,10 +1555,9 @@ class _Transport:
     def _network(self) -> _Network:
         """Return this process's own network; without a lock, which a fork could leave locked."""
         process = os.getpid()
-        network = self._networks.get(process)
-        if network is None:
-            network = self._networks.setdefault(process, _Network(self._config))
-        return network
+        if process not in self._networks:
+            self._networks.setdefault(process, _Network(self._config))
+        return self._networks[process]
 
     def close(self) -> None:
         """Stop the calls in flight and close all connections; a later call opens new ones."""
@@ -1613,18 +1587,15 @@ class _Transport:
             for group in groups:
                 group.calls.discard(call)
 
-    def send(
-        self, call: _Call, facts: _RequestFacts, body: bytes | None, *, is_fresh: bool
-    ) -> _Attempt:
+    def send(self, call: _Call, facts: _RequestFacts, body: bytes | None) -> _Attempt:
         """Return one attempt with its reply, whatever its status, once the headers have arrived.
 
-        `is_fresh`: use a new connection. Raises NetworkError, LLMTimeoutError, AbortError,
-        ProtocolError, or ConfigurationError for what requests will not send.
+        Raises NetworkError, LLMTimeoutError, AbortError, ProtocolError, or ConfigurationError for
+        what requests will not send.
         """
         network = self._network()
-        attempt = _Attempt(call, network.watch, facts, is_fresh)
+        attempt = _Attempt(call, network.watch, facts)
         call.begin_attempt(attempt)
-        call.check()
 
         size = len(body or b"")
         request = network.template.copy()
@@ -1636,6 +1607,8 @@ class _Transport:
 
         network.watch.add(attempt)
         attempt.response = self._exchange(network, attempt, request)
+        if attempt.reply is None:  # another library answers in the network's place, as in tests
+            attempt.reply = attempt.response.raw
         status = attempt.response.status_code
         logger.debug("%s: %d, request %s", facts.where, status, call.wire_id())
         return attempt
@@ -1660,6 +1633,9 @@ class _Transport:
         attempt.call.check()
         if _is_from_signal_handler(cause):
             raise cause
+        is_timeout = isinstance(failure, requests.Timeout) or isinstance(cause, TimeoutError)
+        if attempt.expired or (is_timeout and not attempt.connected):
+            raise attempt.timeout_error() from cause
         raise _to_network_error(failure, cause, attempt) from cause
 
     def read(self, attempt: _Attempt, maximum: float = math.inf) -> Generator[bytes, None, None]:
@@ -1668,47 +1644,29 @@ class _Transport:
         Read to its end, the connection can be used again; left earlier, it is closed. `maximum`:
         in bytes. Raises StreamError, LLMTimeoutError, ProtocolError or AbortError.
         """
-        too_large = f"the reply is larger than {maximum} bytes: {attempt.where}"
+        where = attempt.facts.where
         size = 0
         try:
-            is_error = attempt.response.status_code != 200  # of which a part is better than nothing
-            if _check_headers(attempt) > maximum and not is_error:
-                raise ProtocolError(too_large)
+            announced = _read_length(attempt)
+            if announced > maximum:
+                raise ProtocolError(f"the reply is larger than {maximum} bytes: {where}")
 
-            while piece := self._read_piece(attempt):
+            while piece := attempt.read_piece():
                 size += len(piece)
                 if size > maximum:
-                    raise ProtocolError(too_large)
+                    raise ProtocolError(f"the reply is larger than {maximum} bytes: {where}")
                 yield piece
+
+            if size < announced:
+                raise StreamError(f"the reply broke off: {where}: {size} of {announced} bytes came")
+            if size == 0 and _has_cut_headers(attempt.reply):
+                raise NetworkError(f"closed in the headers of a reply: {where}")
+            attempt.reply.close()
+            attempt.release()
+            attempt.response.raw.release_conn()
         finally:
             attempt.response.close()
             attempt.release()
-
-    def _read_piece(self, attempt: _Attempt) -> bytes:
-        """Return the bytes that arrive next, b"" at the end of the reply."""
-        outer = sys.exception()
-        cause: BaseException | None = None
-        piece = b""
-        attempt.begin_wait()
-        try:
-            piece = attempt.response.raw.read1(READ_BYTES)
-        except _IO_ERRORS as error:
-            cause = _root_cause(error, outer)
-        attempt.clock.end_wait()
-
-        if piece:
-            return piece
-        attempt.call.check()
-        if cause is not None and _is_from_signal_handler(cause):
-            raise cause
-        if attempt.expired:
-            raise attempt.timeout_error() from cause
-        if cause is not None:
-            reason = _reason(cause)
-            if isinstance(cause, ValueError | http.client.HTTPException):  # in a chunk
-                reason = "the connection was closed; look at the server's log"
-            raise StreamError(f"the reply broke off: {attempt.where}: {reason}") from cause
-        return b""
 
 
 _IO_ERRORS: Final = (
@@ -1717,17 +1675,29 @@ _IO_ERRORS: Final = (
 )  # fmt: skip
 
 
-def _check_headers(attempt: _Attempt) -> int:
+def _read_length(attempt: _Attempt) -> int:
     """Return the size that a reply announces, 0 for none; raise ProtocolError if it is encoded."""
     headers = attempt.response.headers
     encoding = headers.get("Content-Encoding", "").strip().lower()
     if encoding not in ("", "identity"):
         raise ProtocolError(
-            f"the reply is encoded as {encoding!r}, which was not requested: {attempt.where}"
+            f"the reply is encoded as {encoding!r}, which was not requested: {attempt.facts.where}"
         )
 
     length = headers.get("Content-Length", "")
     return int(length) if length.isdecimal() else 0
+
+
+def _has_cut_headers(reply: Any) -> bool:
+    """Return whether an empty reply ended in its headers: http.client takes that for their end.
+
+    A whole reply of HTTP/1.1 says how long it is, or that the connection will be closed.
+    """
+    return (
+        getattr(reply, "will_close", False)
+        and reply.version == 11
+        and not reply.getheader("Connection")
+    )
 
 
 def _root_cause(error: BaseException, outer: BaseException | None) -> BaseException:
@@ -1755,45 +1725,33 @@ def _is_from_signal_handler(error: BaseException) -> bool:
     return any(frame.f_code in handlers for frame, _line in frames)
 
 
+def _reason(cause: BaseException) -> str:
+    return str(getattr(cause, "strerror", None) or cause).lower()
+
+
 def _to_network_error(error: Exception, cause: BaseException, attempt: _Attempt) -> VLLMError:
     """Return our error for one raised before there was a reply; most specific first."""
-    origin = "{0.scheme}://{0.netloc}".format(urlsplit(attempt.where.split()[1]))
+    where = attempt.facts.where
+    origin = "{0.scheme}://{0.netloc}".format(urlsplit(where.split()[1]))
     failed = f"no connection to {origin}"
 
-    is_timeout = isinstance(error, requests.Timeout) or isinstance(cause, TimeoutError)
-    if attempt.expired or (is_timeout and not attempt.connected):
-        return attempt.timeout_error()
-    if isinstance(cause, ssl.SSLError) and not attempt.received:
+    if attempt.received:
+        return _to_reply_error(cause, where)
+    if isinstance(cause, ssl.SSLError):
         return _to_tls_error(cause, failed, origin)
     if isinstance(cause, socket.gaierror):
         message = f"{failed}: unknown host; is base_url spelled right?"
         return NetworkError(message, retryable=False)
     if isinstance(error, requests.exceptions.ProxyError):
         return NetworkError(f"{failed}: its proxy failed ({cause}); check HTTPS_PROXY and NO_PROXY")
-    if attempt.received:
-        return _to_reply_error(cause, attempt.where)
-    return _to_plain_error(error, cause, attempt, failed)
-
-
-def _to_plain_error(
-    error: Exception, cause: BaseException, attempt: _Attempt, failed: str
-) -> VLLMError:
-    """Return the error for a request that got no reply, without TLS or proxy."""
     if isinstance(error, ValueError):  # the parent of what requests and urllib3 will not send
-        return ConfigurationError(f"requests will not send {attempt.where}: {error}")
+        return ConfigurationError(f"requests will not send {where}: {error}")
     if "CA certificate bundle" in str(cause):
         return ConfigurationError(f"{cause}; set verify or REQUESTS_CA_BUNDLE to one that exists")
     if attempt.connected:
-        return NetworkError(
-            f"closed before a reply: {attempt.where} ({cause}); is vLLM still running, and is it"
-            " http there?"
-        )
-    origin = failed.split()[-1]
+        advice = "is vLLM still running, and is it http there?"
+        return NetworkError(f"closed before a reply: {where} ({cause}); {advice}")
     return NetworkError(f"{failed}: {_reason(cause)}; is vLLM running? (curl {origin}/health)")
-
-
-def _reason(cause: BaseException) -> str:
-    return str(getattr(cause, "strerror", None) or cause).lower()
 
 
 def _to_reply_error(cause: BaseException, where: str) -> VLLMError:
@@ -3328,12 +3286,11 @@ class VLLMClient:
             maximum = 0
 
         retries = 0
-        is_fresh = False
         while True:
             if path in GENERATION_PATHS:
                 call.attempts += 1
             try:
-                attempt = self._transport.send(call, facts, raw, is_fresh=is_fresh)
+                attempt = self._transport.send(call, facts, raw)
                 self._check_status(attempt)
                 return attempt
             except VLLMError as error:
@@ -3341,7 +3298,6 @@ class VLLMClient:
                 if failed is None or isinstance(error, AbortError):
                     raise
                 if _is_stale(error, failed):  # no failure of the server's, so no retry either
-                    is_fresh = True
                     continue
                 retries += 1
                 if retries > maximum or not _is_unstarted(error, failed):
@@ -3357,9 +3313,12 @@ class VLLMClient:
 
         attempt.allow(min(ERROR_BODY_S, attempt.time_left_s()))
         body = bytearray()
-        with suppress(StreamError, LLMTimeoutError, ProtocolError):  # as much of it as there is
-            for piece in self._transport.read(attempt, MAX_ERROR_BYTES):
+        pieces = self._transport.read(attempt)
+        with closing(pieces), suppress(StreamError, LLMTimeoutError, ProtocolError):
+            for piece in pieces:  # as much as there is, and no more than can be of use
                 body += piece
+                if len(body) >= MAX_ERROR_BYTES:
+                    break
         raise _error_from_reply(status, attempt.response.headers, bytes(body), attempt.facts)
 
     # Receiving.
@@ -3393,7 +3352,7 @@ class VLLMClient:
                 self._end_stream(attempt, builder, pieces)
                 return
         advice = "was the server or a proxy stopped?"
-        raise StreamError(f"the stream ended without [DONE]: {attempt.where}; {advice}")
+        raise StreamError(f"the stream ended without [DONE]: {attempt.facts.where}; {advice}")
 
     def _end_stream(
         self, attempt: _Attempt, builder: _ResponseBuilder, pieces: Iterator[bytes]
@@ -3402,7 +3361,9 @@ class VLLMClient:
         if not builder.has_output and not builder.has_finished:
             # vLLM 0.13-0.31 can lose an error before the first token.
             advice = "look at the server's log"
-            raise StreamError(f"the stream ended without any output: {attempt.where}; {advice}")
+            raise StreamError(
+                f"the stream ended without any output: {attempt.facts.where}; {advice}"
+            )
 
         attempt.allow(DRAIN_S)
         with suppress(VLLMError):
@@ -3699,7 +3660,7 @@ class _Workers:
         self._total: int | None = None  # until the items have ended
         self._items_error: BaseException | None = None
         with _CallGroup() as self._group:  # not around a `yield`: it would catch other calls
-            self._context = copy_context()
+            self._context = contextvars.copy_context()
 
     def results(self, progress: "_Progress", *, is_ordered: bool) -> Iterator[Any]:
         """Yield what the function returned or raised; raise what ends the map."""
@@ -3991,7 +3952,7 @@ class _IdTable:
 
 # ---- Many calls: batches ----------------------------------------------------
 
-MAX_LINE_SENDS: Final = 3  # of a line whose connection breaks while its server answers others
+MAX_LINE_SENDS: Final = 3  # of a line whose connection breaks while its server is there
 SERVER_GONE_S: Final = 300.0  # how long a batch waits for servers that have stopped answering
 SERVER_PAUSE_S: Final = (0.5, 30.0)  # the limits of a pause before a server is tried again
 FULL_STATUS: Final = frozenset({429, 503})
@@ -4176,15 +4137,16 @@ class _Batch:
                 server.note(None)
                 return reply
             except VLLMError as error:
-                if isinstance(error, NetworkError | StreamError) or error.status_code == 502:
-                    breaks += server.failure is None
+                is_break = isinstance(error, NetworkError | StreamError) or error.status_code == 502
+                if is_break and not _is_answering(server.client):
                     server.note(error)
                     retry_at = min(one.next_try_at for one in self._servers)
                 else:
+                    breaks += is_break
                     server.note(None)
                     waited_s = server.answered_at - started_at
                     retry_at = server.answered_at + _pause_s(waited_s, error.retry_after or 0.0)
-                    if error.status_code not in FULL_STATUS:
+                    if not is_break and error.status_code not in FULL_STATUS:
                         raise
                 if breaks == MAX_LINE_SENDS or retry_at >= deadline_at or self._are_gone():
                     raise
@@ -4227,6 +4189,15 @@ class _Batch:
         )
         collections.deque(stream, maxlen=0)
         return stream.request_id, stream.completion.payload
+
+
+def _is_answering(client: VLLMClient) -> bool:
+    """Return whether a server that broke a connection is there: then the request is the reason."""
+    try:
+        client.get("/health", timeout=HEALTH_LOOK_S)
+    except VLLMError as error:
+        return isinstance(error, StatusError) and not error.retryable
+    return True
 
 
 def _pause_s(waited_s: float, retry_after_s: float = 0.0) -> float:
