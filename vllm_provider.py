@@ -271,7 +271,7 @@ _FLAGS: Final = {
     "true": True, "yes": True, "on": True, "1": True,
     "false": False, "no": False, "off": False, "0": False,
 }  # fmt: skip
-_PROMPT_FORMATS: Final = {"auto": "auto", "chat_template": "chat_template", "raw": "raw"}
+_FORMATS: Final = ("auto", "chat_template", "raw")
 _HEADER_NAME: Final = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")  # RFC 9110, token
 _ROOT_URL: Final = re.compile(r"(?i)https?://[^\s\x00-\x1f\x7f?#/.:][^\s\x00-\x1f\x7f?#]*")
 _ALIASES: Final = {"extra_request_params": "extra_body", "reasoning": "reasoning_effort"}
@@ -341,7 +341,7 @@ _count_or_zero = _check("an integer of at least 0", lambda value: _to_int(value,
 _strings = _check("a string or a list of strings", _to_strings)
 _logprobs = _check("an integer, true or false", _to_logprobs)
 _verify = _check("true, false or the path of a CA bundle that exists", _to_verify)
-_format = _check("auto, chat_template or raw", _PROMPT_FORMATS.__getitem__)
+_format = _check("auto, chat_template or raw", {name: name for name in _FORMATS}.__getitem__)
 
 
 def _mapping(key: str, value: object) -> dict[str, Any]:
@@ -645,7 +645,7 @@ class ToolCall(NamedTuple):
         {'city': 'Paris'}
         """
         try:
-            arguments = json.loads(self.arguments, parse_constant=_refuse_constant)
+            arguments = _parse_json(self.arguments)
             if isinstance(arguments, dict):
                 return arguments
             raise ValueError(f"a {type(arguments).__name__} is not an object")
@@ -659,9 +659,13 @@ class ToolCall(NamedTuple):
             raise error from cause
 
 
-def _refuse_constant(name: str) -> None:
-    """Raise ValueError for NaN and Infinity, which Python's JSON decoder would take."""
-    raise ValueError(f"{name} is not JSON")
+def _parse_json(text: str) -> Any:
+    """Return the value of a JSON text; NaN and Infinity, which Python would take, are errors."""
+
+    def refuse(name: str) -> None:
+        raise ValueError(f"{name} is not JSON")
+
+    return json.loads(text, parse_constant=refuse)
 
 
 def _quoted(text: str) -> str:
@@ -789,11 +793,12 @@ class Completion:
         {'city': 'Paris'}
         """
         try:
-            value = json.loads(self.text, parse_constant=_refuse_constant)
+            value = _parse_json(self.text)
             if model is None:
                 return value
-            validate = getattr(model, "model_validate", lambda value: model(**value))
-            return validate(value)
+            if hasattr(model, "model_validate"):
+                return model.model_validate(value)
+            return model(**value)
         except (ValueError, TypeError, RecursionError) as cause:
             expected = "JSON" if model is None else f"a {model.__name__}"
             advice = "ask for it with response_format"
@@ -1271,7 +1276,7 @@ class _Attempt:
         """Take over a connection: from here on, a stop reaches its socket."""
         with self.watch.lock:
             if connection.attempt is not None:  # a late stop of that call must not reach this one
-                connection.attempt.release()
+                connection.attempt.release()  # pragma: no cover  # another thread's, just ended
             connection.attempt = self
             self._connection = connection
             # Under TLS to a proxy and TLS to the server, the socket is inside urllib3's transport.
@@ -3665,7 +3670,8 @@ class _Workers:
     def results(self, progress: "_Progress", *, is_ordered: bool) -> Iterator[Any]:
         """Yield what the function returned or raised; raise what ends the map."""
         waiting: dict[int, tuple[Any, BaseException | None]] = {}
-        self._start_thread()
+        with self._taking:  # it may start the next one before it is counted itself
+            self._start_thread()
         while self._delivered != self._total:
             with suppress(queue.Empty):
                 finished = self._finished.get(timeout=WAKE_S)
@@ -5533,7 +5539,7 @@ def _parse_strings(value: Any, schema: Any, definitions: Mapping[str, Any]) -> A
     types = _find_types(schema, definitions)
     if isinstance(value, str) and "string" not in types:
         with suppress(ValueError, RecursionError):
-            parsed = json.loads(value, parse_constant=_refuse_constant)
+            parsed = _parse_json(value)
             if _CONTAINERS.get(type(parsed), "") in types:
                 value = parsed
 
@@ -5876,10 +5882,8 @@ def _run_prompt(clients: Sequence[VLLMClient], options: _Arguments) -> int:
     text = _read_text(options)
     params = _read_params(options)
     source: str | list[dict[str, Any]] = text
-    if options["command"] == "chat" or "chat_template" in options:
+    if options["command"] == "chat":
         source = [*_to_system(options.get("system")), {"role": "user", "content": text}]
-    elif "system" in options:
-        raise ConfigurationError("--system goes with chat, or with complete --chat-template")
 
     stream = _start(clients[0], source, options, params)
     if "json" in options:
@@ -5913,7 +5917,6 @@ def _start(
         build(client.config, source, **params),
         limits=_read_limits(client.config, params),
         wants_stream=False if "no_stream" in options else None,
-        prompt_format="chat_template" if "chat_template" in options else None,
     )
 
 
@@ -6256,13 +6259,15 @@ class _Option(NamedTuple):
 _TEXT_HELP: Final = "before standard input, unless that is a terminal; - is standard input alone"
 _SHARED_OPTIONS: Final = "--base-url --api-key --model --timeout"
 _PROMPT_OPTIONS: Final = (
-    "--system --max-tokens --temperature --top-p --seed --stop --logprobs --param"
+    "--max-tokens --temperature --top-p --seed --stop --logprobs --param"
     " --no-stream --stats --json --html"
 )
 _BATCH_OPTIONS: Final = "--input-file --output-file --max-inflight --param"
 _COMMANDS: Final = {
-    "complete": _Command(_run_prompt, "continue a text", f"--chat-template {_PROMPT_OPTIONS}"),
-    "chat": _Command(_run_prompt, "answer a text; without one, converse", _PROMPT_OPTIONS),
+    "complete": _Command(_run_prompt, "continue a text", _PROMPT_OPTIONS),
+    "chat": _Command(
+        _run_prompt, "answer a text; without one, converse", f"--system {_PROMPT_OPTIONS}"
+    ),
     "score": _Command(_run_score, "score a text", "--context --choice --json --html"),
     "run-batch": _Command(_run_batch, "send the requests of a file", _BATCH_OPTIONS),
     "models": _Command(_run_models, "list the models served", "--json"),
@@ -6283,7 +6288,6 @@ _CLI_OPTIONS: Final = {
         ("--stop", "TEXT...", "end the reply before this text"),
         ("--logprobs", "N", "colour tokens by probability, with N alternatives (numbers: --json)"),
         ("--param", "NAME=JSON...", "any parameter of vLLM, like top_k=5"),
-        ("--chat-template", "", "render the text as a user message first"),
         ("--no-stream", "", "print the reply when it is complete"),
         ("--stats", "", "print time to first token, tokens/s and tokens to standard error"),
         ("--json", "", "print the whole result as JSON"),
