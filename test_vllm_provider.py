@@ -3900,6 +3900,10 @@ TWO_LENGTHS: Final = b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\nContent-Length: 6
     "raw kind message",
     (b"H", NetworkError, "closed in the first line of a reply: {} ('H"),
     (b"HTTP/1.1 2", NetworkError, "closed in the first line of a reply: {} ("),
+    (b"HTTP/1.1 200 OK\r\nContent-Ty", NetworkError, "closed in the headers of a reply: {}"),
+    (b"HTTP/1.1 200 OK\r\nX: 1\r\n", NetworkError, "closed in the headers of a reply: {}"),
+    (b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n", ProtocolError, "not the JSON vLLM sends: {}"),
+    (b"HTTP/1.0 200 OK\r\nX: 1\r\n\r\n", ProtocolError, "not the JSON vLLM sends: {}"),
     (b"SSH-2.0-OpenSSH\r\n", ProtocolError, "not an HTTP reply: {}: 'SSH-2.0-Op"),
     (b"HTTP/1.1 abc OK\r\n\r\n", ProtocolError, "not an HTTP reply: {}"),
     row(TWO_LENGTHS, ProtocolError, "", id="two-lengths"),
@@ -5967,6 +5971,8 @@ def test_a_token_that_cannot_come(web):
     Model(web, {" no": (-9999.0, 500)})
     score = web_client().score(" no", context="It")
     assert (score.logprob, score.probability, score.perplexity) == (-math.inf, 0.0, math.inf)
+    choices = web_client().choose([" no", " no"], context="It")
+    assert [choice.probability for choice in choices] == [0.0, 0.0]
 
 
 @table(

@@ -2887,7 +2887,7 @@ class VLLMClient:
         `prompt`: a string, a list of strings, a list of token ids, or a list of such lists.
         """
         body = build_completion_request(self.config, prompt, **params)
-        return self._complete(COMPLETIONS_PATH, body, params)
+        return self._complete(COMPLETIONS_PATH, body, _read_limits(self.config, params))
 
     def chat(
         self, messages: _Messages, *, system: str | None = None, **params: Unpack[_ChatParams]
@@ -2898,7 +2898,7 @@ class VLLMClient:
         them.
         """
         body = build_chat_request(self.config, _to_messages(messages, system), **params)
-        return self._complete(CHAT_PATH, body, params)
+        return self._complete(CHAT_PATH, body, _read_limits(self.config, params))
 
     def stream_complete(self, prompt: _Prompt, **params: Unpack[_CompletionParams]) -> "Stream":
         """Return a Stream of `/v1/completions`; arguments as for complete()."""
@@ -2912,9 +2912,11 @@ class VLLMClient:
         body = build_chat_request(self.config, _to_messages(messages, system), **params)
         return self._open(CHAT_PATH, body, limits=_read_limits(self.config, params))
 
-    def _complete(self, path: str, body: dict[str, Any], params: Mapping[str, Any]) -> Completion:
-        limits = _read_limits(self.config, params)
-        with closing(self._open(path, body, limits=limits, wants_stream=False)) as stream:
+    def _complete(
+        self, path: str, body: dict[str, Any], limits: _Limits, deadline_at: float = math.inf
+    ) -> Completion:
+        stream = self._open(path, body, limits=limits, wants_stream=False, deadline_at=deadline_at)
+        with closing(stream):
             collections.deque(stream, maxlen=0)
         return stream.completion
 
@@ -2967,10 +2969,9 @@ class VLLMClient:
         `params`: defaults for every body. Raises ConfigurationError before anything is sent, for an
         id that comes twice and for files that cannot be used.
         """
-        return _complete_batch(
-            (self, *servers), os.fspath(source), os.fspath(target), concurrency=concurrency,
-            retry_failed=retry_failed, progress=progress, params=params,
-        )  # fmt: skip
+        batch = _Batch((self, *servers), concurrency, params)
+        files = (os.fspath(source), os.fspath(target))
+        return batch.run(*files, retry_failed=retry_failed, progress=progress)
 
     def score(self, text: str, *, context: Any = "", **params: Any) -> "Score":
         """Return how probable the model finds `text` after `context`, a string or messages.
@@ -2987,7 +2988,14 @@ class VLLMClient:
         They are ordered by `logprob`, which favours short choices; `logprob_per_byte` does not.
         Choices of one token take one request together.
         """
-        return _choose_text(self, choices, context, params)
+        if isinstance(choices, str) or not choices:
+            raise ConfigurationError("choices must be a list of at least one string")
+        scorer = _Scorer(self, context, params)
+        requests = list(_map_in_threads(scorer.build_request, choices, SCORES_AT_ONCE))
+        scores = scorer.score_single_tokens(requests)
+        if scores is None:
+            scores = list(_map_in_threads(scorer.score, requests, SCORES_AT_ONCE))
+        return _rank(scores)
 
     # Everything else a server offers.
 
@@ -3644,53 +3652,43 @@ WAKE_S: Final = 0.5  # on Windows, Ctrl-C reaches a waiting main thread only bet
 PROGRESS_S: Final = 0.2
 
 
-class _Workers:
-    """Threads that call `function` with each item; one more starts whenever an item is taken."""
+class _Outcome(NamedTuple):
+    """What the item at `place` has led to. `is_end`: there is no such item."""
 
-    def __init__(
-        self, function: Callable[[Any], Any], items: Iterable[Any], concurrency: int, errors: str
-    ) -> None:
+    place: int
+    value: Any = None
+    error: BaseException | None = None
+    is_end: bool = False
+
+
+class _Workers:
+    """Threads that call `function` with each item.
+
+    The queues are SimpleQueues, which are reentrant: the garbage collector may stop() anywhere.
+    """
+
+    def __init__(self, function: Callable[[Any], Any], items: Iterable[Any], errors: str) -> None:
         self._function = function
         self._items = iter(items)
-        self._concurrency = concurrency
+        self._places = itertools.count()
         self._errors = errors
         self._threads: list[threading.Thread] = []
-        self._finished: queue.SimpleQueue[tuple[int, Any, BaseException | None] | None]
-        self._finished = queue.SimpleQueue()  # None: the items have ended
+        self.outcomes: queue.SimpleQueue[_Outcome] = queue.SimpleQueue()
+        self.spaces: queue.SimpleQueue[None] = queue.SimpleQueue()  # one for each item to be taken
         self._taking = threading.Lock()  # held while the iterator is asked for an item
-        self._space = threading.Condition()  # reentrant: the garbage collector may stop() anywhere
         self._is_closed = False  # no more items are taken
-        self._taken = 0
-        self._delivered = 0
-        self._total: int | None = None  # until the items have ended
-        self._items_error: BaseException | None = None
         with _CallGroup() as self._group:  # not around a `yield`: it would catch other calls
             self._context = contextvars.copy_context()
 
-    def results(self, progress: "_Progress", *, is_ordered: bool) -> Iterator[Any]:
-        """Yield what the function returned or raised; raise what ends the map."""
-        waiting: dict[int, tuple[Any, BaseException | None]] = {}
-        with self._taking:  # it may start the next one before it is counted itself
-            self._start_thread()
-        while self._delivered != self._total:
-            with suppress(queue.Empty):
-                finished = self._finished.get(timeout=WAKE_S)
-                if finished is not None:
-                    place, value, error = finished
-                    waiting[place if is_ordered else self._delivered] = (value, error)
-                    progress.add(value, error)
-
-            while self._delivered in waiting:
-                value, error = waiting.pop(self._delivered)
-                with self._space:
-                    self._delivered += 1
-                    self._space.notify()
-                if error is not None and self._ends_map(error):
-                    raise error
-                yield value if error is None else error
-
-        if self._items_error is not None:
-            raise self._items_error
+    def start(self, concurrency: int) -> None:
+        for _ in range(RESULTS_PER_WORKER * concurrency):
+            self.spaces.put(None)
+        for number in range(concurrency):
+            run = self._context.copy().run
+            name = f"vllm-map-{number}"
+            thread = threading.Thread(target=run, args=(self._work,), name=name, daemon=True)
+            thread.start()
+            self._threads.append(thread)
 
     def stop(self) -> None:
         """Stop the calls that have not ended, and wait a moment for the threads."""
@@ -3701,59 +3699,34 @@ class _Workers:
             if thread is not threading.current_thread():  # pragma: no branch
                 thread.join(max(0.0, stops_at - time.monotonic()))
 
-    def _ends_map(self, error: BaseException) -> bool:
-        if isinstance(error, AbortError) or not isinstance(error, Exception):
-            return True
-        return self._errors == "raise"
+    def ends_map(self, error: BaseException) -> bool:
+        is_result = isinstance(error, Exception) and not isinstance(error, AbortError)
+        return self._errors == "raise" or not is_result
 
     def _close(self) -> None:
-        with self._space:
-            self._is_closed = True
-            self._space.notify_all()
-
-    def _start_thread(self) -> None:
-        if len(self._threads) < self._concurrency and not self._is_closed:
-            run = self._context.copy().run
-            name = f"vllm-map-{len(self._threads)}"
-            thread = threading.Thread(target=run, args=(self._work,), name=name, daemon=True)
-            thread.start()
-            self._threads.append(thread)
+        self._is_closed = True
+        self.spaces.put(None)  # wakes a thread, which wakes the next
 
     def _work(self) -> None:
         while True:
             with self._taking:
-                if not self._wait_for_space():
-                    return
+                self.spaces.get()
+                if self._is_closed:
+                    return self._close()
+                place = next(self._places)
                 try:
                     item = next(self._items)
-                except BaseException as error:  # noqa: BLE001  # raised by results()
-                    self._end_items(error)
-                    return
-                place = self._taken
-                self._taken += 1
-                self._start_thread()
+                except BaseException as error:  # noqa: BLE001  # raised by the consumer
+                    self.outcomes.put(_Outcome(place, error=error, is_end=True))
+                    return self._close()
 
             try:
-                self._finished.put((place, self._function(item), None))
-            except BaseException as error:  # noqa: BLE001  # raised by results()
-                if self._ends_map(error):
+                outcome = _Outcome(place, self._function(item))
+            except BaseException as error:  # noqa: BLE001  # raised by the consumer
+                outcome = _Outcome(place, error=error)
+                if self.ends_map(error):
                     self._close()  # what comes after it would never be yielded
-                self._finished.put((place, None, error))
-
-    def _wait_for_space(self) -> bool:
-        """Return whether an item may be taken, once there is space for its result."""
-        limit = RESULTS_PER_WORKER * self._concurrency
-        with self._space:
-            while self._taken - self._delivered >= limit and not self._is_closed:
-                self._space.wait()
-            return not self._is_closed
-
-    def _end_items(self, error: BaseException) -> None:
-        self._close()
-        if not isinstance(error, StopIteration):
-            self._items_error = error
-        self._total = self._taken
-        self._finished.put(None)
+            self.outcomes.put(outcome)
 
 
 class _Progress:
@@ -3768,11 +3741,13 @@ class _Progress:
         self._failed = 0
         self._tokens = 0
 
-    def add(self, value: Any, error: BaseException | None) -> None:
-        """Count a result; it may have `error`, and `output_tokens` or `usage`."""
+    def add(self, outcome: _Outcome) -> None:
+        """Count a result; its value may have `error` and `usage`."""
+        if outcome.is_end:
+            return
         self._done += 1
-        self._failed += (error or getattr(value, "error", None)) is not None
-        self._tokens += getattr(getattr(value, "usage", value), "output_tokens", 0)
+        self._failed += (outcome.error or getattr(outcome.value, "error", None)) is not None
+        self._tokens += getattr(getattr(outcome.value, "usage", None), "output_tokens", 0)
         if time.monotonic() - self._shown_at >= PROGRESS_S:
             self.show()
 
@@ -3782,18 +3757,15 @@ class _Progress:
         self._shown_at = time.monotonic()
         elapsed_s = max(0.001, self._shown_at - self._started_at)
         calls_per_s = self._done / elapsed_s
-        of_total = ""
+        done = str(self._done)
         time_left = ""
         if self._total is not None:
-            of_total = f"/{self._total}"
-            left_s = (self._total - self._done) / max(calls_per_s, 1e-9)
-            time_left = f", {left_s:.0f} s left"
+            done += f"/{self._total}"
+            time_left = f", {(self._total - self._done) / max(calls_per_s, 1e-9):.0f} s left"
 
-        sys.stderr.write(
-            f"\r\x1b[K{self._done}{of_total} done, {self._failed} failed, {calls_per_s:.1f} calls/s"
-            f", {self._tokens / elapsed_s:.0f} tokens/s{time_left}{end}"
-        )
-        sys.stderr.flush()
+        counts = f"{done} done, {self._failed} failed, {calls_per_s:.1f} calls/s"
+        line = f"{counts}, {self._tokens / elapsed_s:.0f} tokens/s{time_left}"
+        print(f"\r\x1b[K{line}", end=end, file=sys.stderr, flush=True)
 
 
 def _map_in_threads(
@@ -3803,9 +3775,29 @@ def _map_in_threads(
 ) -> Generator[Any, None, None]:  # fmt: skip
     """Yield what `function` returns for each item; its calls and threads end with the iteration."""
     line = _Progress(progress, total)
-    workers = _Workers(function, items, concurrency, errors)
+    workers = _Workers(function, items, errors)
+    waiting: dict[int, _Outcome] = {}
+    arrivals = itertools.count()
+    place = 0  # of the outcome that is due
+
     try:
-        yield from workers.results(line, is_ordered=is_ordered)
+        workers.start(min(concurrency, total or concurrency))
+        while True:
+            while place not in waiting:
+                with suppress(queue.Empty):
+                    outcome = workers.outcomes.get(timeout=WAKE_S)
+                    is_placed = is_ordered or outcome.is_end
+                    waiting[outcome.place if is_placed else next(arrivals)] = outcome
+                    line.add(outcome)
+
+            _, value, error, is_end = waiting.pop(place)
+            if is_end and isinstance(error, StopIteration):
+                return
+            if error is not None and (is_end or workers.ends_map(error)):
+                raise error
+            workers.spaces.put(None)
+            place += 1
+            yield value if error is None else error
     except BaseException:
         workers.stop()
         raise
@@ -3814,7 +3806,6 @@ def _map_in_threads(
 
 
 def _read_count(name: str, value: int | None, default: int = 1) -> int:
-    """Return a number of at least 1."""
     if value is None:
         return default
     if type(value) is not int or value < 1:
@@ -3829,7 +3820,7 @@ def _read_count(name: str, value: int | None, default: int = 1) -> int:
 class BatchReport:
     """What run_batch() did with `total` lines. `skipped`: done by an earlier run.
 
-    Tokens are those of this run. `first_error`: its first failure, with the line; None without one.
+    Tokens are those of this run, and so is `first_error`, which names the line.
     """
 
     total: int = 0
@@ -3891,19 +3882,7 @@ def _check_line(is_valid: bool, problem: str) -> None:
         raise ValueError(problem)
 
 
-def _parse_result_line(raw: bytes) -> tuple[str, bool] | None:
-    """Return the id of a result and whether it is a success; None for what is not a result."""
-    try:
-        line = json.loads(raw.decode())
-        response = line["response"] or {"status_code": 0}
-        return str(line["custom_id"]), 200 <= response["status_code"] < 300
-    except (ValueError, TypeError, KeyError, RecursionError):
-        return None
-
-
-def _build_result_line(
-    custom_id: str, reply_id: str, response: Mapping[str, Any] | None, error: Any = None
-) -> bytes:
+def _build_result_line(custom_id: str, reply_id: str, response: Any, error: Any = None) -> bytes:
     line = {"id": f"vllm-{reply_id}", "custom_id": custom_id, "response": response, "error": error}
     try:
         return _encode(line) + b"\n"
@@ -3913,11 +3892,9 @@ def _build_result_line(
 
 def _build_failure_line(custom_id: str, error: Exception) -> bytes:
     """Return a failure as vLLM writes one with a status, and OpenAI one without."""
-    import uuid
-
     kind = type(error).__name__
     status = getattr(error, "status_code", None)
-    reply_id = getattr(error, "request_id", None) or str(uuid.uuid4())
+    reply_id = getattr(error, "request_id", None) or _new_id()
     if status is None:
         return _build_result_line(custom_id, reply_id, None, {"code": kind, "message": str(error)})
 
@@ -3927,262 +3904,254 @@ def _build_failure_line(custom_id: str, error: Exception) -> bytes:
     return _build_result_line(custom_id, reply_id, response, {"error": details})
 
 
-_SEEN: Final = 1  # flags of an id: it is in the source, its last result is a success, … a failure
-_DONE: Final = 2
-_FAILED: Final = 4
-
-
-class _IdTable:
-    """The flags of ids, in a temporary file: a dict of a million takes 150 MB."""
-
-    def __init__(self) -> None:
-        import sqlite3
-
-        self._database = sqlite3.connect("", check_same_thread=False)  # never used by two at once
-        self._database.execute("CREATE TABLE ids (id PRIMARY KEY, flags) WITHOUT ROWID")
-        self.close = self._database.close
-
-    def add(self, custom_id: str, flag: int, keep: int = 0xFF) -> int:
-        """Set a flag of an id, drop those not in `keep`, and return the flags it had before."""
-        before = self.find(custom_id)
-        key = custom_id.encode("utf-8", "surrogatepass")
-        flags = (before & keep) | flag
-        self._database.execute("REPLACE INTO ids VALUES (?, ?)", (key, flags))
-        return before
-
-    def find(self, custom_id: str) -> int:
-        key = custom_id.encode("utf-8", "surrogatepass")
-        rows = self._database.execute("SELECT flags FROM ids WHERE id = ?", (key,))
-        return int(next(rows, (0,))[0])
-
-
 # ---- Many calls: batches ----------------------------------------------------
 
-MAX_LINE_SENDS: Final = 3  # of a line whose connection breaks while its server is there
+MAX_BREAKS: Final = 3  # of the connection, by one line, while its server is there
 SERVER_GONE_S: Final = 300.0  # how long a batch waits for servers that have stopped answering
 SERVER_PAUSE_S: Final = (0.5, 30.0)  # the limits of a pause before a server is tried again
 FULL_STATUS: Final = frozenset({429, 503})
 
 
-def _open_batch_file(path: str, mode: str) -> io.FileIO:
-    try:
-        return io.FileIO(path, mode)
-    except OSError as error:
-        raise ConfigurationError(f"cannot open {path}: {error.strerror}") from error
+class _BatchFiles:
+    """The lines of a batch, and their results in this run and in earlier ones.
 
+    `counts`: of lines, by their last result: True, False, or None without one. The ids are in a
+    temporary database, since a dict of a million takes 150 MB.
+    """
 
-def _open_batch_source(path: str) -> BinaryIO:
-    """Return the file, which is read twice; standard input is copied to a temporary one first."""
-    if path != "-":
-        return io.BufferedReader(_open_batch_file(path, "rb"))
-    import shutil
-    import tempfile
+    def __init__(self, source: str, target: str, stack: ExitStack) -> None:
+        import sqlite3
 
-    copied = tempfile.TemporaryFile()  # noqa: SIM115  # closed by the caller
-    shutil.copyfileobj(sys.stdin.buffer, copied)
-    return copied
-
-
-def _read_batch_lines(file: BinaryIO) -> Iterator[_BatchLine]:
-    r"""Yield the lines that are not blank. They end at \n only: JSON may hold other line breaks."""
-    file.seek(0)
-    for number, raw in enumerate(file, 1):
-        text = raw.removeprefix(b"\xef\xbb\xbf") if number == 1 else raw
-        if text.strip():
-            yield _parse_batch_line(number, text)
-
-
-def _note_ids(file: BinaryIO, ids: _IdTable) -> "collections.Counter[int]":
-    """Note the ids and return how many lines have which flags; raise for an id that comes twice."""
-    counts: collections.Counter[int] = collections.Counter()
-    for line in _read_batch_lines(file):
-        flags = ids.add(line.custom_id, _SEEN)
-        counts[flags] += 1
-        if flags & _SEEN:
-            first = next(one for one in _read_batch_lines(file) if one.custom_id == line.custom_id)
-            where = f"lines {first.number} and {line.number}"
-            name = _quoted(line.custom_id)
-            raise ConfigurationError(f"custom_id {name} is on {where}; give each line its own")
-    return counts
-
-
-def _note_results(path: str, ids: _IdTable) -> int:
-    """Note the results of earlier runs, of which the last of an id counts; return their bytes."""
-    size = 0
-    if not os.path.isfile(path):
-        return size
-
-    with io.BufferedReader(_open_batch_file(path, "rb")) as file:
-        for number, raw in enumerate(file, 1):
-            if not raw.endswith(b"\n"):
-                break  # cut off when an earlier run was killed
-            size += len(raw)
-            result = _parse_result_line(raw)
-            if result is None:
-                where = f"line {number} of {path}"
-                raise ConfigurationError(
-                    f"{where} is not the result of a batch; is it the right file?"
-                )
-            custom_id, is_done = result
-            ids.add(custom_id, _DONE if is_done else _FAILED, keep=_SEEN)
-    return size
-
-
-class _BatchTarget:
-    """The results of a batch. A line is written whole, or the file is left as it was."""
-
-    def __init__(self, path: str, size: int) -> None:
-        """Open the file for more lines, and cut what comes after `size` bytes."""
-        self._path = path
-        self._size = size
+        self.counts: collections.Counter[bool | None] = collections.Counter()
+        self._target = target
+        self._size = 0  # of the target's whole lines
         self._lock = threading.Lock()
-        self._file: Any = sys.stdout.buffer if path == "-" else _open_batch_file(path, "ab")
+        database = sqlite3.connect("", check_same_thread=False)  # never used by two at once
+        database.execute("CREATE TABLE ids (id PRIMARY KEY, line, is_done) WITHOUT ROWID")
+        self._ids = stack.enter_context(closing(database))
+        try:
+            self._source = stack.enter_context(_open_source(source))
+            if os.path.isfile(target):
+                self._note_results()
+            self._note_lines()
+            self._output: Any = sys.stdout.buffer
+            if target != "-":
+                self._output = stack.enter_context(io.FileIO(target, "ab"))
+        except OSError as error:
+            raise ConfigurationError(f"cannot open {error.filename}: {error.strerror}") from error
         self._cut()
 
+    def lines(self) -> Iterator[_BatchLine]:
+        r"""Yield the lines that are not blank. They end at \n only: JSON may hold other breaks."""
+        self._source.seek(0)
+        for number, raw in enumerate(self._source, 1):
+            text = raw.removeprefix(b"\xef\xbb\xbf") if number == 1 else raw
+            if text.strip():
+                yield _parse_batch_line(number, text)
+
+    def find(self, custom_id: str) -> tuple[int | None, bool | None]:
+        """Return the line of an id, and its last result; None where there is none."""
+        query = "SELECT line, is_done FROM ids WHERE id = ?"
+        return next(self._ids.execute(query, (ascii(custom_id),)), (None, None))
+
     def write(self, line: bytes) -> None:
-        """Write a line at once, from any thread; raise OSError when the disk is full."""
+        """Write a result at once, from any thread; on a full disk, leave the file as it was."""
         with self._lock:
             try:
                 rest = memoryview(line)
                 while rest:
-                    rest = rest[self._file.write(rest) :]
-                self._file.flush()
+                    rest = rest[self._output.write(rest) :]
+                self._output.flush()
             except OSError:
                 self._cut()
                 raise
             self._size += len(line)
 
-    def close(self) -> None:
-        if self._path != "-":
-            self._file.close()
-
     def _cut(self) -> None:
-        if os.path.isfile(self._path):  # not standard output, a pipe or a device
-            self._file.truncate(self._size)
+        if os.path.isfile(self._target):  # not standard output, a pipe or a device
+            self._output.truncate(self._size)
+
+    def _note(self, custom_id: str, line: int | None, is_done: bool | None) -> None:
+        values = (ascii(custom_id), line, is_done)  # SQLite takes no lone surrogates
+        self._ids.execute("REPLACE INTO ids VALUES (?, ?, ?)", values)
+
+    def _note_results(self) -> None:
+        """Note the results of earlier runs, of which the last of an id counts."""
+        with open(self._target, "rb") as file:
+            for number, raw in enumerate(file, 1):
+                if not raw.endswith(b"\n"):
+                    break  # cut off when an earlier run was killed
+                self._size += len(raw)
+                try:
+                    line = json.loads(raw.decode())
+                    status = (line["response"] or {"status_code": 0})["status_code"]
+                    self._note(str(line["custom_id"]), None, 200 <= status < 300)
+                except (ValueError, TypeError, KeyError, RecursionError) as error:
+                    problem = "is not the result of a batch; is it the right file?"
+                    message = f"line {number} of {self._target} {problem}"
+                    raise ConfigurationError(message) from error
+
+    def _note_lines(self) -> None:
+        """Note and count the lines; raise for an id that comes twice."""
+        for line in self.lines():
+            first, is_done = self.find(line.custom_id)
+            if first is not None:
+                where = f"{_quoted(line.custom_id)} is on lines {first} and {line.number}"
+                raise ConfigurationError(f"custom_id {where}; give each line its own")
+            self._note(line.custom_id, line.number, is_done)
+            self.counts[is_done] += 1
+
+
+def _open_source(path: str) -> BinaryIO:
+    """Return the file, which is read twice; standard input is copied to a temporary one first."""
+    if path != "-":
+        return open(path, "rb")
+    import tempfile
+
+    copied = tempfile.TemporaryFile()  # noqa: SIM115  # closed by the caller
+    copied.writelines(sys.stdin.buffer)
+    return copied
 
 
 class _LineResult(NamedTuple):
     error: str | None
-    input_tokens: int = 0
-    output_tokens: int = 0
+    usage: Usage = Usage(0, 0, 0)
 
 
 @dataclass(slots=True)
 class _Server:
-    """A server of a batch. `failure`: why it is left alone until `next_try_at`, or None."""
-
     client: VLLMClient
     places: int  # that are free; below 0 while it does the work of others
-    answered_at: float = -math.inf
-    next_try_at: float = -math.inf
-    failure: VLLMError | None = None
-
-    def is_gone(self) -> bool:
-        return self.failure is not None and time.monotonic() - self.answered_at > SERVER_GONE_S
-
-    def note(self, failure: VLLMError | None) -> None:
-        """Remember that it answered, or why it did not."""
-        now = time.monotonic()
-        self.failure = failure
-        if failure is None:
-            self.answered_at = now
-            self.next_try_at = now
-        else:
-            self.next_try_at = now + _pause_s(now - self.answered_at)
+    next_try_at: float = -math.inf  # it is left alone until then
 
 
 class _Batch:
     """A batch while it runs. A line goes to the server with the most free places."""
 
-    target: _BatchTarget
-
     def __init__(
         self, clients: Sequence[VLLMClient], concurrency: int | None, params: Mapping[str, Any]
     ) -> None:
-        self.places = 0  # how many lines are sent at once
-        self.is_stopped = threading.Event()  # which ends the waiting for servers
         self._params = params
         self._limits = _read_limits(clients[0].config, params)
+        self._is_stopped = threading.Event()  # which ends the waiting for servers
+        self._silent_since = -math.inf  # no server has answered since then; inf while one does
         self._lock = threading.Lock()
         self._servers: list[_Server] = []
         for client in clients:
             places = _read_count("concurrency", concurrency, client.config.max_concurrency)
             self._servers.append(_Server(client, places))
-            self.places += places
 
-    def run_line(self, line: _BatchLine) -> _LineResult:
-        """Send a line and write its result; raise what ends the batch."""
+    def run(self, source: str, target: str, *, retry_failed: bool, progress: bool) -> BatchReport:
+        started_at = time.monotonic()
+        with suppress(OSError):  # one of them does not exist, or is "-"
+            if os.path.samefile(source, target):
+                raise ConfigurationError(f"source and target are the same file: {target}")
+        places = sum(server.places for server in self._servers)
+        left_alone = (True,) if retry_failed else (True, False)
+        tally: collections.Counter[str] = collections.Counter()  # names as in BatchReport
+        first_error: str | None = None
+
+        with ExitStack() as stack:
+            files = _BatchFiles(source, target, stack)
+            self._files = files
+            lines = (one for one in files.lines() if files.find(one.custom_id)[1] not in left_alone)
+            counts = files.counts
+            left = counts.total() - sum(counts[one] for one in left_alone)
+            results = _map_in_threads(
+                self._run_line, lines, places, is_ordered=False, progress=progress, total=left
+            )
+            stack.enter_context(closing(results))
+            stack.callback(self._is_stopped.set)
+            for result in results:
+                tally["done" if result.error is None else "failed"] += 1
+                tally["input_tokens"] += result.usage.input_tokens
+                tally["output_tokens"] += result.usage.output_tokens
+                first_error = first_error or result.error
+
+        tally["skipped"] = counts[True]
+        tally["failed"] += counts.total() - counts[True] - left
+        seconds = time.monotonic() - started_at
+        return BatchReport(counts.total(), seconds=seconds, first_error=first_error, **tally)
+
+    def _run_line(self, line: _BatchLine) -> _LineResult:
         try:
             if line.problem:
                 raise ConfigurationError(line.problem)
             reply_id, payload = self._send(line)
-        except AbortError:
-            raise
         except (VLLMError, TypeError) as error:
-            if self._are_gone():
+            if isinstance(error, AbortError) or self._are_gone():
                 raise
-            self.target.write(_build_failure_line(line.custom_id, error))
+            self._files.write(_build_failure_line(line.custom_id, error))
             prefix = f"line {line.number}: "
             return _LineResult(prefix + str(error).removeprefix(prefix))
 
         response = {"status_code": 200, "request_id": reply_id, "body": payload}
-        self.target.write(_build_result_line(line.custom_id, reply_id, response))
+        self._files.write(_build_result_line(line.custom_id, reply_id, response))
         counts = payload.get("usage") if isinstance(payload, dict) else None  # or a list, or text
-        usage = _parse_usage(counts if isinstance(counts, dict) else {})
-        return _LineResult(None, usage.input_tokens, usage.output_tokens)
+        return _LineResult(None, _parse_usage(counts if isinstance(counts, dict) else {}))
 
     def _send(self, line: _BatchLine) -> tuple[str, Any]:
         """Return the id and the payload of a reply; wait for servers that are full or silent."""
         started_at = time.monotonic()
         deadline_at = started_at + self._limits.deadline
         breaks = 0
-        while not self.is_stopped.is_set():
-            server = self._acquire()
-            try:
-                reply = self._request(server.client, line, deadline_at)
-                server.note(None)
-                return reply
-            except VLLMError as error:
-                is_break = isinstance(error, NetworkError | StreamError) or error.status_code == 502
-                if is_break and not _is_answering(server.client):
-                    server.note(error)
+
+        while not self._is_stopped.is_set():
+            with self._place() as server:
+                try:
+                    reply = self._request(server.client, line, deadline_at)
+                    self._silent_since = math.inf
+                    return reply
+                except VLLMError as error:
+                    status = error.status_code
+                    is_break = isinstance(error, NetworkError | StreamError) or status == 502
+                    now = time.monotonic()
+                    if is_break and not _is_answering(server.client):
+                        self._silent_since = min(self._silent_since, now)
+                    else:
+                        self._silent_since = math.inf
+                        breaks += is_break
+                        if breaks == MAX_BREAKS or not (is_break or status in FULL_STATUS):
+                            raise
+
+                    # The pause is about as long as the server has been waited for.
+                    pause_s = min(max(now - started_at, SERVER_PAUSE_S[0]), SERVER_PAUSE_S[1])
+                    pause_s = max(pause_s * random.uniform(0.5, 1), error.retry_after or 0.0)
+                    server.next_try_at = now + pause_s
+
                     retry_at = min(one.next_try_at for one in self._servers)
-                else:
-                    breaks += is_break
-                    server.note(None)
-                    waited_s = server.answered_at - started_at
-                    retry_at = server.answered_at + _pause_s(waited_s, error.retry_after or 0.0)
-                    if not is_break and error.status_code not in FULL_STATUS:
+                    if retry_at >= deadline_at or self._are_gone():
                         raise
-                if breaks == MAX_LINE_SENDS or retry_at >= deadline_at or self._are_gone():
-                    raise
-            finally:
-                with self._lock:
-                    server.places += 1
-            self.is_stopped.wait(retry_at - time.monotonic())
+            self._is_stopped.wait(retry_at - time.monotonic())
         raise AbortError("the batch was stopped")  # pragma: no cover  # between two looks
 
-    def _acquire(self) -> _Server:
-        """Return the server with the most free places among those that answer."""
+    @contextmanager
+    def _place(self) -> Iterator[_Server]:
+        """Hold a place at the server with the most free ones, of those not left alone."""
         with self._lock:
             now = time.monotonic()
             ready = [server for server in self._servers if now >= server.next_try_at]
             server = max(ready or self._servers, key=lambda one: one.places)
             server.places -= 1
-            return server
+        try:
+            yield server
+        finally:
+            with self._lock:
+                server.places += 1
 
     def _are_gone(self) -> bool:
-        return all(server.is_gone() for server in self._servers)
+        now = time.monotonic()
+        are_left_alone = all(server.next_try_at > now for server in self._servers)
+        return are_left_alone and now - self._silent_since > SERVER_GONE_S
 
     def _request(self, client: VLLMClient, line: _BatchLine, deadline_at: float) -> tuple[str, Any]:
-        """Return the id and the payload of one reply; the batch's parameters are defaults."""
-        body = {**self._params, **line.body}
+        body = {**self._params, **line.body}  # the batch's parameters are defaults
         if line.url not in GENERATION_PATHS:
             for name in CALL_LIMITS:
                 body.pop(name, None)
             left_s = max(0.001, deadline_at - time.monotonic())
-            payload = client.post(line.url, body, timeout=self._limits.timeout, deadline=left_s)
-            return str(payload.get("id") if isinstance(payload, dict) else None), payload
+            limits = {"timeout": self._limits.timeout, "deadline": left_s}
+            return _new_id(), client.post(line.url, body, **limits)
 
         for name in ("stream", "stream_options"):  # a result is a whole reply
             body.pop(name, None)
@@ -4190,11 +4159,8 @@ class _Batch:
             request = build_chat_request(client.config, body.pop("messages", None), **body)
         else:
             request = build_completion_request(client.config, body.pop("prompt", None), **body)
-        stream = client._open(
-            line.url, request, limits=self._limits, wants_stream=False, deadline_at=deadline_at
-        )
-        collections.deque(stream, maxlen=0)
-        return stream.request_id, stream.completion.payload
+        reply = client._complete(line.url, request, self._limits, deadline_at)
+        return reply.request_id, reply.payload
 
 
 def _is_answering(client: VLLMClient) -> bool:
@@ -4204,60 +4170,6 @@ def _is_answering(client: VLLMClient) -> bool:
     except VLLMError as error:
         return isinstance(error, StatusError) and not error.retryable
     return True
-
-
-def _pause_s(waited_s: float, retry_after_s: float = 0.0) -> float:
-    """Return the pause before a server is tried again: about as long as it has been waited for."""
-    shortest, longest = SERVER_PAUSE_S
-    pause = min(longest, max(shortest, waited_s))
-    return max(retry_after_s, random.uniform(pause / 2, pause))
-
-
-def _complete_batch(
-    clients: Sequence[VLLMClient], source: str, target: str, *, concurrency: int | None,
-    retry_failed: bool, progress: bool, params: Mapping[str, Any],
-) -> BatchReport:  # fmt: skip
-    """Return the report of VLLMClient.run_batch()."""
-    started_at = time.monotonic()
-    if _is_same_file(source, target):
-        raise ConfigurationError(f"source and target are the same file: {target}")
-    batch = _Batch(clients, concurrency, params)
-    final = _DONE if retry_failed else _DONE | _FAILED
-    tally: collections.Counter[str] = collections.Counter()  # names as in BatchReport
-    first_error: str | None = None
-
-    with ExitStack() as stack:
-        file = stack.enter_context(_open_batch_source(source))
-        ids = stack.enter_context(closing(_IdTable()))
-        size = _note_results(target, ids)
-        counts = _note_ids(file, ids)
-        batch.target = stack.enter_context(closing(_BatchTarget(target, size)))
-
-        lines = (line for line in _read_batch_lines(file) if not ids.find(line.custom_id) & final)
-        left = sum(count for flags, count in counts.items() if not flags & final)
-        results = _map_in_threads(
-            batch.run_line, lines, batch.places, is_ordered=False, progress=progress, total=left
-        )
-        stack.enter_context(closing(results))
-        stack.callback(batch.is_stopped.set)
-        for result in results:
-            tally["done" if result.error is None else "failed"] += 1
-            tally["input_tokens"] += result.input_tokens
-            tally["output_tokens"] += result.output_tokens
-            first_error = first_error or result.error
-
-    total = counts.total()
-    skipped = counts[_DONE]
-    tally["failed"] += total - skipped - left
-    seconds = time.monotonic() - started_at
-    return BatchReport(total, skipped=skipped, seconds=seconds, first_error=first_error, **tally)
-
-
-def _is_same_file(source: str, target: str) -> bool:
-    try:
-        return os.path.samefile(source, target)
-    except OSError:  # one of them does not exist, or is "-"
-        return False
 
 
 # ---- Many calls: scores -----------------------------------------------------
@@ -4273,8 +4185,7 @@ class Score:
 
     `text`: what the tokens spell; it begins before the given text where a token spans the boundary.
     A first token without a context has no log probability and does not count. `is_greedy`: each
-    token is the most probable one. `probability`: exp(logprob); from choose(), the share among the
-    choices.
+    token is the most probable. `probability`: exp(logprob); from choose(), the share among choices.
     """
 
     text: str
@@ -4336,23 +4247,20 @@ class _Scorer:
             raise ConfigurationError(f"a text to score must be a string, got {type(text).__name__}")
         if isinstance(self._context, str):
             ids = self._client.tokenize(self._context + text, **self._options)
-            pairs = zip(ids, self._context_ids, strict=False)
-            start = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+            start = len(os.path.commonprefix([ids, self._context_ids]))  # noqa: RUF071  # not paths
         else:
             own = self._client.tokenize(text, add_special_tokens=False, **self._options)
             ids = [*self._context_ids, *own]
             start = len(self._context_ids)
 
         if len(ids) <= max(1, start):
-            raise ConfigurationError(
-                "a text to score must have a token of its own after the context"
-            )
+            problem = "a text to score must have a token of its own after the context"
+            raise ConfigurationError(problem)
         if start < len(self._context_ids):
             text = self._client.detokenize(ids[start:])
         return _ScoreRequest(ids, start, text)
 
     def score(self, request: _ScoreRequest) -> Score:
-        """Return the score of one text, by a full prefill."""
         reply = self._complete(request.ids, prompt_logprobs=0)
         known = list(filter(None, reply.choices[0].prompt_logprobs[1:]))  # the first has none
         if [token.token_id for token in known] != request.ids[1:]:
@@ -4402,22 +4310,13 @@ def _to_score(text: str, tokens: Sequence[TokenLogprob], *, is_greedy: bool) -> 
     return Score(text, logprob, tuple(tokens), is_greedy, math.exp(logprob))
 
 
-def _choose_text(
-    client: VLLMClient, choices: Sequence[str], context: Any, params: Mapping[str, Any]
-) -> list[Score]:
-    """Return the scores of VLLMClient.choose()."""
-    if isinstance(choices, str) or not choices:
-        raise ConfigurationError("choices must be a list of at least one string")
-    scorer = _Scorer(client, context, params)
-    requests = list(_map_in_threads(scorer.build_request, choices, SCORES_AT_ONCE))
-    scores = scorer.score_single_tokens(requests)
-    if scores is None:
-        scores = list(_map_in_threads(scorer.score, requests, SCORES_AT_ONCE))
-
+def _rank(scores: list[Score]) -> list[Score]:
+    """Return the scores with their shares of the probability, the best first."""
     scores.sort(key=lambda score: score.logprob, reverse=True)
     best = scores[0].logprob
     if best == -math.inf:
-        return scores  # pragma: no cover  # a model that gives no choice any probability
+        return scores  # no choice has any probability
+
     weights = [math.exp(score.logprob - best) for score in scores]
     total = math.fsum(weights)
     pairs = zip(scores, weights, strict=True)
@@ -4485,7 +4384,6 @@ def _to_fragment(value: Completion | Score, title: str = "") -> str:
 
 
 def _to_section(text: str, tokens: Sequence[TokenLogprob]) -> str:
-    """Return the summary and the tinted text; without log probabilities, the text alone."""
     # The first token of a prompt has none: nothing stands before it.
     known = [(token.logprob, at) for at, token in enumerate(tokens) if token.logprob is not None]
     if not known:
@@ -4538,11 +4436,6 @@ def _to_alternative(token: TokenLogprob) -> str:
 
 
 def _to_figure(probability: float | None) -> str:
-    """Return a probability in a few characters.
-
-    >>> [_to_figure(value) for value in (0.98765, 0.00001, 0.0, None)]
-    ['0.988', '1e-05', '0', 'unknown']
-    """
     if probability is None:
         return "unknown"
     return f"{probability:.3f}" if probability >= 0.001 else f"{probability:.1g}"
