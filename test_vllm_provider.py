@@ -8354,8 +8354,9 @@ async def test_amp_thoughts_are_split_off_the_text(steps, texts, thoughts, text,
 async def test_amp_echo_is_not_split(server):
     """The prompt's own markup stands before the answer's."""
     host = await amp_mount_rendered(server)
-    with request_options(echo=True) as calls:
+    with request_options(echo=True, logprobs=True) as calls:
         await host.ask("What is 2+2?")
+    assert amp_bodies(server)[-1]["logprobs"] == 1  # completions have no True
     assert calls[0].reasoning == ""
     assert calls[0].text.endswith("<think>\nTwo plus two equals four.\n</think>\n\n2 + 2 = 4")
 

@@ -271,7 +271,7 @@ _FLAGS: Final = {
     "true": True, "yes": True, "on": True, "1": True,
     "false": False, "no": False, "off": False, "0": False,
 }  # fmt: skip
-_FORMATS: Final = ("auto", "chat_template", "raw")
+_PROMPT_FORMATS: Final = {"auto": "auto", "chat_template": "chat_template", "raw": "raw"}
 _HEADER_NAME: Final = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")  # RFC 9110, token
 _ROOT_URL: Final = re.compile(r"(?i)https?://[^\s\x00-\x1f\x7f?#/.:][^\s\x00-\x1f\x7f?#]*")
 _ALIASES: Final = {"extra_request_params": "extra_body", "reasoning": "reasoning_effort"}
@@ -341,7 +341,7 @@ _count_or_zero = _check("an integer of at least 0", lambda value: _to_int(value,
 _strings = _check("a string or a list of strings", _to_strings)
 _logprobs = _check("an integer, true or false", _to_logprobs)
 _verify = _check("true, false or the path of a CA bundle that exists", _to_verify)
-_format = _check("auto, chat_template or raw", {name: name for name in _FORMATS}.__getitem__)
+_format = _check("auto, chat_template or raw", _PROMPT_FORMATS.__getitem__)
 
 
 def _mapping(key: str, value: object) -> dict[str, Any]:
